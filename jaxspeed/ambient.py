@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a model need not know: precision, mesh, attention kernel and dropout key, while it is traced.
+
+The step enters `ambient(...)` inside its traced function, the ops read `current()`. So a model
+file holds mathematics only, and the same module trains in bfloat16 on a TPU slice and in float32
+on a laptop. Nothing here outlives a trace. Layer 1.
+"""
+
+import contextlib
+import contextvars
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclass(frozen=True)
+class Ambient:
+    """Trace-time settings, read by `jaxspeed.ops` and `jaxspeed.sharding.shard`."""
+
+    compute: Any = jnp.float32
+    """Dtype of matrix products' operands."""
+    activations: Any = jnp.float32
+    """Dtype of the residual stream and of what products return."""
+    attention: str = "auto"
+    """Attention kernel, or auto."""
+    platform: str = "cpu"
+    """Where the program will run: cpu, gpu or tpu."""
+    remat: str = "none"
+    """Rematerialisation policy of scanned layers."""
+    tensor: int = 1
+    """Size of the tensor axis; 1 makes sharding constraints vanish."""
+    dropout_key: jax.Array | None = None
+    """None: no dropout."""
+
+
+_CURRENT: contextvars.ContextVar[Ambient] = contextvars.ContextVar("ambient", default=Ambient())
+
+
+def current() -> Ambient:
+    """Returns the settings in force."""
+    return _CURRENT.get()
+
+
+@contextlib.contextmanager
+def ambient(settings: Ambient | None = None, **changes: Any) -> Iterator[Ambient]:
+    """Puts settings in force: `settings` (the present ones by default) with `changes`."""
+    token = _CURRENT.set(dataclasses.replace(settings or current(), **changes))
+    try:
+        yield current()
+    finally:
+        _CURRENT.reset(token)

@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Text to batches of tokens: sources, tokenizers, packing and the Grain pipeline.
+
+    corpus = open_corpus(cfg)
+    tokenizer = build_tokenizer(cfg, corpus, vocab_size=..., workdir=...)
+    iterator = train_iterator(cfg, corpus, tokenizer, seq_len=..., ...)
+    held_out = EvalSet(cfg=cfg, corpus=corpus, tokenizer=tokenizer, ...)
+
+`sources` gives documents by index, `corpus` splits them, `tokenize` makes ids of them,
+`pack` rows of those and `loader` batches.
+"""
+
+from jaxspeed.data.corpus import Corpus, open_corpus
+from jaxspeed.data.loader import EvalSet, train_iterator
+from jaxspeed.data.tokenize import (
+    ByteTokenizer,
+    SubwordTokenizer,
+    Tokenizer,
+    build_tokenizer,
+    load_tokenizer,
+)
+
+
+__all__ = [
+    "ByteTokenizer",
+    "Corpus",
+    "EvalSet",
+    "SubwordTokenizer",
+    "Tokenizer",
+    "build_tokenizer",
+    "load_tokenizer",
+    "open_corpus",
+    "train_iterator",
+]

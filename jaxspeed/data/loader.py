@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Batches for training and evaluation: a Grain pipeline from documents to rows.
+
+    documents -> shuffle, mix, repeat -> tokens -> packed rows -> prefetch thread
+
+Nothing here knows devices: a batch is a dict of NumPy arrays, this process's share of
+the global batch. The one decision: the stream of tokens is global. It depends on text,
+tokenizer and seed, and on no batch size, mesh or number of processes; so a saved
+position is the same JSON object for every process and can be restored on another number
+of them. The price is that each process tokenises all of the batch (docs/data.md has the
+rates).
+"""
+
+import atexit
+import os
+import weakref
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from operator import attrgetter
+
+import grain
+import numpy as np
+
+from jaxspeed.config import DataConfig, config_error
+from jaxspeed.data.corpus import Corpus
+from jaxspeed.data.documents import Source
+from jaxspeed.data.pack import PackedRows, RowSpec
+from jaxspeed.data.tokenize import ByteTokenizer, Encoded, Tokenizer
+
+
+_MAX_READERS = 8
+_DOCUMENTS_AHEAD = 32
+
+
+def train_iterator(
+    cfg: DataConfig,
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    *,
+    seq_len: int,
+    global_batch_size: int,
+    seed: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> grain.DatasetIterator:
+    """Returns the endless iterator of training batches.
+
+    Process p of P gets rows p * B / P to (p + 1) * B / P of each global batch. Every
+    row is full. `get_state()` is a small JSON object, equal on all processes; after
+    `set_state` the next batch begins with the next token, whatever `seq_len`,
+    `global_batch_size` and `process_count` are now.
+
+    Args:
+        cfg: the data configuration.
+        corpus: its text.
+        tokenizer: what makes tokens of it.
+        seq_len: tokens per row.
+        global_batch_size: rows per batch, over all processes.
+        seed: of the shuffles.
+        process_index: this process.
+        process_count: processes in the run.
+
+    Raises:
+        ConfigError: the batch does not divide over the processes.
+    """
+    rows = PackedRows(
+        _encoded(_ordered(cfg, corpus.train, seed), tokenizer, tokenizer.encode),
+        _row_spec(
+            cfg, tokenizer, seq_len, global_batch_size, process_index, process_count
+        ),
+        identity=_identity(cfg, corpus, tokenizer, seed),
+        patience=10 * sum(len(source) for source in corpus.train),
+    )
+    batches = rows.map(attrgetter("arrays"))
+    return _prefetched(batches, cfg.prefetch)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalSet:
+    """Held-out text as batches, the same each time it is gone through.
+
+    Yields `(batch, num_bytes)`: this process's rows, and the UTF-8 bytes of the targets
+    of the *global* batch. With `nats` summed over all global batches,
+
+        loss = nats / targets          bits per byte = nats / ln 2 / bytes
+
+    exactly: the bytes of a document's tokens add up to the document. End tokens are
+    targets too (they count in `nats`) and stand for no byte. The last batch is padded:
+    segment 0, mask False.
+    """
+
+    cfg: DataConfig
+    corpus: Corpus
+    tokenizer: Tokenizer
+    seq_len: int
+    global_batch_size: int
+    batches: int
+    """At most so many; 0 is all held-out text."""
+    process_index: int = 0
+    process_count: int = 1
+
+    def __iter__(self) -> Iterator[tuple[dict[str, np.ndarray], int]]:
+        documents = grain.MapDataset.concatenate(_datasets(self.corpus.held_out))
+        # A few batches should stand for all of the text: a fixed shuffle.
+        encode = self.tokenizer.encode_with_bytes
+        rows = PackedRows(
+            _encoded(documents.shuffle(seed=0), self.tokenizer, encode),
+            _row_spec(
+                self.cfg,
+                self.tokenizer,
+                self.seq_len,
+                self.global_batch_size,
+                self.process_index,
+                self.process_count,
+            ),
+            identity={},
+            patience=len(documents),
+        )
+        iterator = _prefetched(rows, self.cfg.prefetch)
+        try:
+            for number, batch in enumerate(iterator, 1):
+                yield batch.arrays, batch.num_bytes
+                if number == self.batches:
+                    return
+        finally:
+            iterator.close()
+
+
+def _datasets(sources: tuple[Source, ...]) -> list[grain.MapDataset]:
+    return [grain.MapDataset.source(source) for source in sources]
+
+
+def _ordered(
+    cfg: DataConfig, sources: tuple[Source, ...], seed: int
+) -> grain.MapDataset:
+    """Returns the documents of all epochs, in the order of training."""
+    parts = _datasets(sources)
+    if not cfg.weights or len(parts) == 1:
+        parts = [grain.MapDataset.concatenate(parts)]
+    if cfg.shuffle:
+        # Grain adds the epoch to the seed; hashed, seeds 0 and 1 do not share epochs.
+        parts = [
+            part.shuffle(seed=zlib.crc32(f"{seed}/{number}".encode()))
+            for number, part in enumerate(parts)
+        ]
+    parts = [part.repeat() for part in parts]
+    if len(parts) == 1:
+        return parts[0]
+    # The weights are shares of text; Grain draws documents.
+    mean_bytes = [source.num_bytes / len(source) for source in sources]
+    draws = [w / mean for w, mean in zip(cfg.weights, mean_bytes, strict=True)]
+    return grain.MapDataset.mix(parts, draws)
+
+
+def _encoded(
+    documents: grain.MapDataset, tokenizer: Tokenizer, encode: object
+) -> grain.IterDataset:
+    # Bytes cost nothing to make; a real tokenizer leaves the interpreter lock, so some
+    # threads of it run beside each other. The order does not depend on them.
+    threads = 0 if isinstance(tokenizer, ByteTokenizer) else _reader_count()
+    return documents.map(partial(_encode, encode)).to_iter_dataset(
+        grain.ReadOptions(num_threads=threads, prefetch_buffer_size=_DOCUMENTS_AHEAD)
+    )
+
+
+def _reader_count() -> int:
+    return max(1, min(_MAX_READERS, (os.cpu_count() or 2) // 2))
+
+
+def _encode(encode, text: str) -> Encoded:
+    encoded = encode(text)
+    return encoded if isinstance(encoded, Encoded) else Encoded(encoded)
+
+
+def _row_spec(
+    cfg: DataConfig,
+    tokenizer: Tokenizer,
+    seq_len: int,
+    global_batch_size: int,
+    process_index: int,
+    process_count: int,
+) -> RowSpec:
+    num_rows, rest = divmod(global_batch_size, process_count)
+    if rest:
+        raise config_error(
+            "global_batch_size",
+            global_batch_size,
+            f"it does not divide by {process_count} processes",
+            f"give a multiple of {process_count}",
+        )
+    return RowSpec(
+        seq_len=seq_len,
+        global_batch_size=global_batch_size,
+        first_row=process_index * num_rows,
+        num_rows=num_rows,
+        end_id=tokenizer.end_id,
+        document_mask=cfg.document_mask,
+    )
+
+
+def _identity(
+    cfg: DataConfig, corpus: Corpus, tokenizer: Tokenizer, seed: int
+) -> dict[str, object]:
+    """Returns what the stream of tokens depends on, by setting."""
+    texts = [f"{source.fingerprint:x}" for source in corpus.train]
+    return {
+        "data.path (its text)": texts,
+        "data.weights": list(cfg.weights),
+        "data.shuffle": cfg.shuffle,
+        "data.tokenizer": f"{cfg.tokenizer} {tokenizer.fingerprint}",
+        "seed": seed if cfg.shuffle else None,
+    }
+
+
+def _prefetched(batches: grain.IterDataset, ahead: int) -> grain.DatasetIterator:
+    iterator = iter(
+        grain.experimental.ThreadPrefetchIterDataset(
+            batches, prefetch_buffer_size=ahead
+        )
+    )
+    _open.add(iterator)
+    return iterator
+
+
+_open: weakref.WeakSet[grain.DatasetIterator] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    # A reader thread that outlives the interpreter ends the process with SIGABRT.
+    for iterator in list(_open):
+        iterator.close()
+        # Grain closes again in __del__, when its own modules may be gone.
+        iterator.close = lambda: None

@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: Apache-2.0
+"""array_record files and TFDS sets as documents, without TensorFlow.
+
+TFDS finds, prepares and decodes its sets itself. What it wrote as tfrecord only
+TensorFlow can read, and is refused. Every file is opened once at the start, so that a
+truncated one is an error before training.
+"""
+
+import contextlib
+import io
+import logging
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import grain
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordReader
+
+from jaxspeed.config import suggest
+from jaxspeed.data.documents import Origin, Source, combine, first_line, unwritable
+
+
+_logger = logging.getLogger(__name__)
+
+BUNDLED = "shakespeare"
+TFDS_PREFIX = "tfds:"
+
+_FORMAT = "array_record"
+_SAMPLED = 1024
+
+
+class Records:
+    """Records, plain or TFDS examples, decoded to text when asked for."""
+
+    def __init__(self, origin: Origin, records: Any, decode: Callable[[Any], str]):
+        self.name = origin.value
+        self._origin = origin
+        self._records = records
+        self._decode = decode
+        # A spread of documents stands for all, so that a large set opens at once.
+        count = len(records)
+        sample = np.linspace(0, count - 1, min(count, _SAMPLED), dtype=int).tolist()
+        texts = [self[index].encode() for index in sample]
+        size = sum(len(text) for text in texts)
+        self.num_bytes = round(size * count / max(len(texts), 1))
+        self.fingerprint = combine([count, *map(zlib.crc32, texts)])
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> str:
+        try:
+            return self._decode(self._records[index])
+        except UnicodeDecodeError as err:
+            why = f"record {index} is not UTF-8 text at byte {err.start}"
+            raise self._origin.error(why, "write records as UTF-8 text") from err
+        except RuntimeError as err:
+            why = f"record {index} is damaged ({first_line(err)})"
+            raise self._origin.error(why, "write the files again") from err
+
+
+def open_array_records(origin: Origin, files: list[Path]) -> Source:
+    """Opens files whose records are UTF-8 text.
+
+    Raises:
+        ConfigError: truncated or not text.
+    """
+    for file in files:
+        _check(origin._replace(file=file), file, None)
+    records: Any = grain.sources.ArrayRecordDataSource([str(file) for file in files])
+    if len(records) and _looks_like_example(records[0]):
+        raise origin.error(
+            "the records are TFDS examples without a dataset_info.json beside them",
+            "give the folder that TFDS wrote",
+        )
+    return Records(origin, records, bytes.decode)
+
+
+def open_bundled(origin: Origin, cache_dir: Path) -> tuple[Source, Source | None]:
+    """Opens the bundled text, which is prepared first if it is not there.
+
+    Raises:
+        ConfigError: `cache_dir` cannot be written.
+    """
+    from jaxspeed.data import shakespeare
+
+    try:
+        with _quiet():
+            root = shakespeare.prepare(cache_dir / "tfds")
+    except OSError as err:
+        raise unwritable(cache_dir, err) from err
+    return _open_prepared(origin, shakespeare.NAME, "text", root)
+
+
+def open_tfds(
+    origin: Origin, text_field: str, cache_dir: Path
+) -> tuple[Source, Source | None]:
+    """Opens a set by its TFDS name; downloads and prepares it if it is not there.
+
+    Raises:
+        ConfigError: no such set, or it cannot be prepared here.
+    """
+    import tensorflow_datasets as tfds
+
+    name = origin.value.removeprefix(TFDS_PREFIX)
+    data_dir = cache_dir / "tfds"
+    try:
+        root = _find_or_prepare(name, data_dir)
+    except tfds.core.DatasetNotFoundError as err:
+        known = suggest(name, tfds.list_builders())
+        why = "TFDS knows no such set, and none is prepared under that name"
+        raise origin.error(why, f"see tfds.list_builders().{known}") from err
+    except (OSError, ImportError, RuntimeError, ValueError, AssertionError) as err:
+        why = f"TFDS cannot prepare it here ({type(err).__name__}: {first_line(err)})"
+        change = f"prepare it elsewhere as array_record and copy it to {data_dir}"
+        raise origin.error(why, change) from err
+    return _open_prepared(origin, name, text_field, root)
+
+
+def open_tfds_folder(
+    origin: Origin, folder: Path, text_field: str
+) -> tuple[Source, Source | None]:
+    """Opens the folder of a prepared set: the one with dataset_info.json in it.
+
+    Raises:
+        ConfigError: prepared in another format, truncated, or without such a text.
+    """
+    import tensorflow_datasets as tfds
+
+    with _quiet():
+        builder = tfds.builder_from_directory(folder)
+    written = builder.info.file_format
+    if written is None or written.value != _FORMAT:
+        found = written.value if written else "nothing"
+        why = f"the set was prepared as {found}, which needs TensorFlow"
+        raise origin.error(why, f"prepare it again with file_format={_FORMAT!r}")
+    return _choose_splits(origin, builder.as_data_source(), text_field)
+
+
+def _check(origin: Origin, file: Path, expected: int | None) -> None:
+    """Raises unless the file is whole and has the expected number of records."""
+    try:
+        reader = ArrayRecordReader(str(file))
+        count = reader.num_records()
+        reader.close()
+    except RuntimeError as err:
+        why = f"is not a whole array_record file ({first_line(err)})"
+        raise origin.error(why, "write or get the file again") from err
+    if expected is not None and count != expected:
+        why = f"holds {count} records where dataset_info.json says {expected}"
+        raise origin.error(why, "prepare the set again")
+
+
+def _looks_like_example(record: bytes) -> bool:
+    """Whether a record is a tf.train.Example: a message in field 1, to the end."""
+    length, shift = 0, 0
+    for at, byte in enumerate(record[1:6], 2):
+        length |= (byte & 0x7F) << shift
+        shift += 7
+        if byte < 0x80:
+            framed = record[:1] == b"\x0a" and length == len(record) - at
+            return framed and record[at : at + 1] == b"\x0a"
+    return False
+
+
+def _find_or_prepare(name: str, data_dir: Path) -> Path | None:
+    """Returns the TFDS data_dir that holds the set: ours or, as None, TFDS's own."""
+    import tensorflow_datasets as tfds
+
+    unprepared = missing = None
+    for root in (data_dir, None):
+        try:
+            with _quiet():
+                builder = tfds.builder(name, data_dir=root, file_format=_FORMAT)
+                if builder.is_prepared():
+                    return root
+        except tfds.core.DatasetNotFoundError as err:
+            missing = err
+        else:
+            unprepared = unprepared or builder
+    if unprepared is None:
+        assert missing is not None
+        raise missing
+    _logger.info("preparing %s in %s", name, data_dir)
+    unprepared.download_and_prepare(file_format=_FORMAT)
+    return data_dir
+
+
+def _open_prepared(
+    origin: Origin, name: str, text_field: str, root: Path | None
+) -> tuple[Source, Source | None]:
+    import tensorflow_datasets as tfds
+
+    kwargs = {"file_format": _FORMAT}
+    with _quiet():
+        splits = tfds.data_source(
+            name, data_dir=root, download=False, builder_kwargs=kwargs
+        )
+    return _choose_splits(origin, splits, text_field)
+
+
+def _choose_splits(
+    origin: Origin, splits: Any, text_field: str
+) -> tuple[Source, Source | None]:
+    if "train" not in splits:
+        why = f"the set has no train split, only {list(splits)}"
+        raise origin.error(why, "give another set")
+    train = _open_split(origin, splits["train"], "train", text_field)
+    held_out = next((name for name in ("validation", "valid") if name in splits), None)
+    if held_out is None:
+        return train, None
+    return train, _open_split(origin, splits[held_out], held_out, text_field)
+
+
+def _open_split(origin: Origin, records: Any, split: str, text_field: str) -> Source:
+    import tensorflow_datasets as tfds
+
+    info = records.dataset_info
+    texts = [k for k, v in info.features.items() if isinstance(v, tfds.features.Text)]
+    if text_field not in texts:
+        raise origin.no_field("the set has no text feature", text_field, texts)
+    shards = info.splits[split]
+    for file, count in zip(shards.filepaths, shards.shard_lengths, strict=True):
+        _check(origin._replace(file=Path(file)), Path(file), count)
+    source = Records(origin, records, lambda record: record[text_field].decode())
+    if not len(source):
+        raise origin.error(f"the {split} split is empty", "give another set")
+    return source
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps what TFDS says about sets that are not there yet off the terminal."""
+    from absl import logging as absl_logging
+
+    before = absl_logging.get_verbosity()
+    absl_logging.set_verbosity(absl_logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        absl_logging.set_verbosity(before)

@@ -1,0 +1,390 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Text, JSON lines and parquet files as documents that are read one at a time.
+
+A file is not loaded. One pass over it checks it and keeps where each document begins, so
+that bad data is an error before training and not in its third hour. A big file's index
+is kept in the cache under its size and time of change. Parquet cannot give one row alone:
+its text is unpacked into the cache.
+"""
+
+import codecs
+import hashlib
+import json
+import logging
+import os
+import re
+import zlib
+from array import array
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+from jaxtyping import Int64
+
+from jaxspeed.config import ConfigError
+from jaxspeed.data.documents import Origin, atomic, first_line, unwritable
+
+
+_logger = logging.getLogger(__name__)
+
+TEXT_KINDS = (".txt", ".jsonl", ".parquet")
+
+_CHUNK = 1 << 23
+_CACHED_FROM = 1 << 26
+_INDEX_VERSION = 1
+_BLANK_LINES = re.compile(rb"\n\s*\n")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+class FileIndex(NamedTuple):
+    """Where the documents lie in a file of text."""
+
+    path: Path
+    ranges: Int64[np.ndarray, "N 2"]
+    num_bytes: int
+    crc: int
+
+
+class FileDocuments:
+    """Ranges of a file, read when asked for."""
+
+    def __init__(
+        self, origin: Origin, index: FileIndex, decode: Callable[[bytes], str]
+    ):
+        self.name = origin.value
+        self.num_bytes = index.num_bytes
+        self.fingerprint = index.crc
+        self._origin = origin
+        self._path = index.path
+        self._ranges = index.ranges
+        self._decode = decode
+
+    def __len__(self) -> int:
+        return len(self._ranges)
+
+    def __getitem__(self, index: int) -> str:
+        begin, end = self._ranges[index].tolist()
+        try:
+            return self._decode(_read_range(self._path, begin, end))
+        except (OSError, EOFError, ValueError, KeyError) as err:
+            raise self._origin.error(
+                f"changed while it was in use (document {index}: {first_line(err)})",
+                "leave data alone during a run, and start again",
+            ) from err
+
+
+def open_text_file(
+    origin: Origin, kind: str, text_field: str, cache_dir: Path
+) -> FileDocuments:
+    """Checks and indexes `origin.file`, a file of one of `TEXT_KINDS`.
+
+    Raises:
+        ConfigError: damaged, not UTF-8 text, or without such a field.
+    """
+    assert origin.file is not None
+    if kind == ".parquet":
+        index = _parquet_index(origin, origin.file, text_field, cache_dir)
+        return FileDocuments(origin, index, bytes.decode)
+    if kind == ".txt":
+        build, decode = _index_text, _decode_text
+    else:
+        build, decode = _json_indexer(text_field), _json_decoder(text_field)
+    index = _cached_index(origin, origin.file, f"{kind}/{text_field}", build, cache_dir)
+    return FileDocuments(origin, index, decode)
+
+
+def _read_range(path: Path, begin: int, end: int) -> bytes:
+    # Opened each time: a folder may hold more files than a process may keep open.
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        parts = []
+        while begin < end:
+            part = os.pread(handle, end - begin, begin)
+            if not part:
+                raise EOFError("the file is shorter than it was")
+            parts.append(part)
+            begin += len(part)
+        return b"".join(parts)
+    finally:
+        os.close(handle)
+
+
+def _cached_index(
+    origin: Origin,
+    file: Path,
+    kind: str,
+    build: Callable[[Origin, Path], FileIndex],
+    cache_dir: Path,
+) -> FileIndex:
+    """Builds a file's index; a big file's is kept in the cache."""
+    if file.stat().st_size < _CACHED_FROM:
+        return build(origin, file)
+    kept = _cache_key(file, kind, cache_dir).with_suffix(".npy")
+    if kept.exists():
+        return _load_index(kept, file)
+    index = build(origin, file)
+    try:
+        _save_index(kept, index)
+    except OSError as err:
+        _logger.warning("the index of %s is not kept: %s", file, err)
+    return index
+
+
+def _cache_key(file: Path, kind: str, cache_dir: Path) -> Path:
+    stat = file.stat()
+    key = f"{_INDEX_VERSION}|{file.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{kind}"
+    name = hashlib.blake2b(key.encode(), digest_size=12).hexdigest()
+    return cache_dir / "index" / name
+
+
+def _load_index(kept: Path, text: Path) -> FileIndex:
+    rows = np.load(kept, mmap_mode="r")
+    return FileIndex(text, rows[1:], int(rows[0, 0]), int(rows[0, 1]))
+
+
+def _save_index(kept: Path, index: FileIndex) -> None:
+    first = np.array([[index.num_bytes, index.crc]], np.int64)
+    with atomic(kept) as file:
+        np.save(file, np.concatenate([first, index.ranges]))
+
+
+# .txt ---------------------------------------------------------------------------------
+
+
+def _decode_text(data: bytes) -> str:
+    return data.decode().replace("\r\n", "\n")
+
+
+def _index_text(origin: Origin, file: Path) -> FileIndex:
+    """Cuts a text file into documents at blank lines, some KiB apart.
+
+    A piece is about a thousandth of the file, from 4 KiB to 64 KiB, so that a large
+    file can be shuffled; the pieces join to the whole text.
+    """
+    size = file.stat().st_size
+    target = min(max(size // 1024, 4096), 65536)
+    ends = array("q")
+    crc, base, begin, buffer = 0, 0, 0, b""
+    with open(file, "rb") as stream:
+        for chunk, last in _chunks(origin, stream):
+            crc = zlib.crc32(chunk, crc)
+            if not base and not ends and not buffer:
+                begin = 3 if chunk.startswith(codecs.BOM_UTF8) else 0
+            buffer += chunk
+            while end := _cut(buffer, begin - base, target, last):
+                begin = base + end
+                ends.append(begin)
+            buffer, base = buffer[begin - base :], begin
+    first = 3 if size and ends and _has_bom(file) else 0
+    bounds = np.concatenate([[first], np.frombuffer(ends, np.int64)])
+    ranges = np.stack([bounds[:-1], bounds[1:]], axis=1).astype(np.int64)
+    return FileIndex(file, ranges, int(bounds[-1] - bounds[0]), crc)
+
+
+def _has_bom(file: Path) -> bool:
+    with open(file, "rb") as stream:
+        return stream.read(3) == codecs.BOM_UTF8
+
+
+def _chunks(origin: Origin, stream: BinaryIO) -> Iterator[tuple[bytes, bool]]:
+    """Yields a file's chunks and whether each is the last, having checked the text."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    done = 0
+    chunk = stream.read(_CHUNK)
+    while chunk:
+        following = stream.read(_CHUNK)
+        pending = len(decoder.getstate()[0])
+        try:
+            decoder.decode(chunk, final=not following)
+        except UnicodeDecodeError as err:
+            raise _not_utf8(origin, chunk, done - pending + err.start, err) from err
+        if b"\0" in chunk:
+            raise _binary(origin, done + chunk.index(b"\0"))
+        done += len(chunk)
+        yield chunk, not following
+        chunk = following
+
+
+def _not_utf8(
+    origin: Origin, chunk: bytes, offset: int, err: UnicodeDecodeError
+) -> ConfigError:
+    if b"\0" in chunk:
+        return _binary(origin, offset)
+    byte = err.object[err.start]
+    return origin.error(
+        f"is not UTF-8 text: byte 0x{byte:02x} at offset {offset}, {err.reason}",
+        "convert it (iconv -t utf-8), or leave it out",
+    )
+
+
+def _binary(origin: Origin, offset: int) -> ConfigError:
+    return origin.error(
+        f"is a binary file (offset {offset}), not text", "give UTF-8 text"
+    )
+
+
+def _cut(buffer: bytes, begin: int, target: int, last: bool) -> int | None:
+    """Returns where the piece from `begin` ends, or None: read on, or nothing left."""
+    limit = begin + 4 * target
+    if len(buffer) < limit + 1 and not last or begin >= len(buffer):
+        return None
+    if blank := _BLANK_LINES.search(buffer, begin + target, limit):
+        return blank.end()
+    if len(buffer) <= limit:
+        return len(buffer)
+    if newline := buffer.rfind(b"\n", begin + target, limit) + 1:
+        return newline
+    # No line ends within reach: cut between characters, and not inside a CRLF.
+    while buffer[limit] & 0xC0 == 0x80 or buffer[limit - 1] == 0x0D:
+        limit -= 1
+    return limit
+
+
+# .jsonl -------------------------------------------------------------------------------
+
+
+def _json_decoder(text_field: str) -> Callable[[bytes], str]:
+    def decode(line: bytes) -> str:
+        return _clean(json.loads(line.decode("utf-8-sig"))[text_field] or "")
+
+    return decode
+
+
+def _clean(text: str) -> str:
+    """Returns the text with each half of a surrogate pair as U+FFFD."""
+    if text.isascii():
+        return text
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return _SURROGATE.sub("\ufffd", text)
+    return text
+
+
+def _json_indexer(text_field: str) -> Callable[[Origin, Path], FileIndex]:
+    def build(origin: Origin, file: Path) -> FileIndex:
+        ranges = array("q")
+        crc, end, num_bytes, broken = 0, 0, 0, 0
+        with open(file, "rb") as stream:
+            for number, line in enumerate(stream, 1):
+                crc = zlib.crc32(line, crc)
+                begin, end = end, end + len(line)
+                if not line.strip():
+                    continue
+                raw = _json_text(origin, line, number, begin, text_field)
+                text = _clean(raw)
+                broken += text is not raw
+                if text:
+                    ranges.extend((begin, end))
+                    num_bytes += len(text) if text.isascii() else len(text.encode())
+        if broken:
+            _logger.warning(
+                "%s: %d documents hold half a surrogate pair, read as U+FFFD",
+                file,
+                broken,
+            )
+        rows = np.frombuffer(ranges, np.int64).reshape(-1, 2)
+        return FileIndex(file, rows, num_bytes, crc)
+
+    return build
+
+
+def _json_text(
+    origin: Origin, line: bytes, number: int, begin: int, text_field: str
+) -> str:
+    """Returns the text of one JSON line, or raises what is wrong with it."""
+    where = f"line {number}"
+    try:
+        record = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as err:
+        byte, offset = line[err.start], begin + err.start
+        why = f"{where} is not UTF-8 text: byte 0x{byte:02x} at offset {offset}"
+        raise origin.error(why, "convert it (iconv -t utf-8)") from err
+    except ValueError as err:
+        if not line.endswith(b"\n"):
+            why = f"{where}, the last, is cut off ({err})"
+            raise origin.error(why, "get the file again, or remove that line") from err
+        why = f"{where} is not JSON ({err})"
+        raise origin.error(why, "give one JSON object per line") from err
+    if not isinstance(record, dict):
+        why = f"{where} is a {type(record).__name__}, not an object"
+        raise origin.error(why, "give one JSON object per line")
+    if text_field not in record:
+        raise origin.no_field(f"{where} has no field", text_field, list(record))
+    text = record[text_field]
+    if text is not None and not isinstance(text, str):
+        why = f"field {text_field!r} of {where} is a {type(text).__name__}, not text"
+        raise origin.error(why, "set data.text_field to a field of text")
+    return text or ""
+
+
+# .parquet -----------------------------------------------------------------------------
+
+
+def _parquet_index(
+    origin: Origin, file: Path, text_field: str, cache_dir: Path
+) -> FileIndex:
+    """Unpacks the text column into the cache once; a row cannot be read alone."""
+    kept = _cache_key(file, f"parquet/{text_field}", cache_dir).with_suffix(".npy")
+    text = kept.with_suffix(".txt")
+    if kept.exists() and text.exists():
+        return _load_index(kept, text)
+    rows = _parquet_texts(origin, file, text_field)
+    try:
+        ranges, crc, end = array("q"), 0, 0
+        with atomic(text) as out:
+            for data in rows:
+                begin, end = end, end + len(data)
+                ranges.extend((begin, end))
+                crc = zlib.crc32(data, crc)
+                out.write(data)
+        bounds = np.frombuffer(ranges, np.int64).reshape(-1, 2)
+        index = FileIndex(text, bounds, end, crc)
+        _save_index(kept, index)
+    except OSError as err:
+        raise unwritable(cache_dir, err) from err
+    return index
+
+
+def _parquet_texts(origin: Origin, file: Path, text_field: str) -> Iterator[bytes]:
+    """Yields the texts that are not empty, as UTF-8."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    try:
+        table = parquet.ParquetFile(file)
+        schema = table.schema_arrow
+    except (pa.ArrowInvalid, OSError) as err:
+        why = f"is not a whole parquet file ({first_line(err)})"
+        raise origin.error(why, "get the file again") from err
+    if text_field not in schema.names:
+        raise origin.no_field("has no column", text_field, schema.names)
+    batches = table.iter_batches(batch_size=1024, columns=[text_field])
+    row = 0
+    with table:
+        while True:
+            try:
+                batch = next(batches, None)
+            except (pa.ArrowException, OSError) as err:
+                why = f"is damaged after row {row} ({first_line(err)})"
+                raise origin.error(why, "get the file again") from err
+            if batch is None:
+                return
+            for value in batch.column(0):
+                row += 1
+                if data := _parquet_text(origin, value, row, text_field):
+                    yield data
+
+
+def _parquet_text(origin: Origin, value: Any, row: int, text_field: str) -> bytes:
+    try:
+        text = value.as_py()
+        text = text.decode() if isinstance(text, bytes) else text
+    except UnicodeDecodeError as err:
+        why = f"row {row} is not UTF-8 text at byte {err.start}"
+        raise origin.error(why, "write the column as UTF-8 text") from err
+    if text is not None and not isinstance(text, str):
+        why = f"column {text_field!r} holds {value.type}, not text"
+        raise origin.error(why, "set data.text_field to a column of text")
+    return (text or "").encode()

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sampling text from a model in training, by the same forward pass that trains it.
+
+Each new token runs the model over a window of `seq_len` tokens; layers are gathered one at a time,
+so it fits wherever training does. It is for a look at the model during a run, not for serving:
+there is no key-value cache.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Int, Key
+
+from jaxspeed.ambient import ambient
+from jaxspeed.config import BATCH_AXES
+from jaxspeed.nn import merge
+from jaxspeed.program import Program
+from jaxspeed.sharding import is_placement
+from jaxspeed.step import compute_weights
+from jaxspeed.types import Params
+
+
+def sample_tokens(
+    program: Program, params: Params, prompt: Int[np.ndarray, " T"], *, num_tokens: int, temperature: float, key: Key[Array, ""]
+) -> Int[np.ndarray, " S"]:
+    """Returns the prompt followed by `num_tokens` sampled tokens.
+
+    Args:
+        program: of the run whose model samples.
+        params: the train state's parameters.
+        prompt: tokens to start from; at least one.
+        num_tokens: how many to add.
+        temperature: 0 takes the likeliest token.
+        key: of the draws.
+    """
+    window = program.run.seq_len
+    start = np.asarray(prompt[-window:], np.int32)
+    buffer = np.zeros(window, np.int32)
+    buffer[: len(start)] = start
+    sampler = _make_sampler(program, num_tokens, temperature > 0)
+    drawn = sampler(params, buffer, np.int32(len(start)), np.float32(max(temperature, 1e-6)), key)
+    return np.concatenate([np.asarray(prompt, np.int32), np.asarray(drawn)])
+
+
+@functools.lru_cache(maxsize=4)
+def _make_sampler(program: Program, num_tokens: int, draws: bool) -> Callable[..., jax.Array]:
+    """Returns `(params, window, length, temperature, key) -> (num_tokens,)`, jitted."""
+    spec, window = program.spec, program.run.seq_len
+
+    def local(params: Params, tokens: jax.Array, length: jax.Array, temperature: jax.Array, key: jax.Array) -> jax.Array:
+        weights = compute_weights(spec, params)
+
+        def next_token(carry: tuple[jax.Array, jax.Array], index: jax.Array) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+            tokens, length = carry
+            with ambient(spec.settings):
+                model = merge(spec.graphdef, weights)
+                last = jax.lax.dynamic_slice_in_dim(model.hidden(tokens[None])[0], length - 1, 1)[0]
+                logits = model.output_embedding() @ last.astype(jnp.float32)
+            draw = jax.random.categorical(jax.random.fold_in(key, index), logits / temperature)
+            token = (draw if draws else jnp.argmax(logits)).astype(jnp.int32)
+            full = length == window
+            tokens = jnp.where(full, jnp.roll(tokens, -1), tokens)
+            tokens = tokens.at[jnp.where(full, window - 1, length)].set(token)
+            return (tokens, jnp.minimum(length + 1, window)), token
+
+        return jax.lax.scan(next_token, (tokens, length), jnp.arange(num_tokens))[1]
+
+    masters = jax.tree.map(lambda place: place.spec("master", manual_only=True), spec.placements, is_leaf=is_placement)
+    return jax.jit(
+        jax.shard_map(
+            local, mesh=spec.mesh, in_specs=(masters, P(), P(), P(), P()), out_specs=P(), axis_names=set(BATCH_AXES), check_vma=False
+        )
+    )

@@ -1,0 +1,835 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The collectives of a program: kind, mesh axes, bytes, and how often each one runs.
+
+`read_ledger` reads what the backend made (optimised HLO of a CPU, TPU or GPU compile);
+`read_partitioned` reads what was asked for (a lowered `shard_map` program, before any
+backend saw it). Loops are multiplied out, which XLA's `cost_analysis` does not do. This
+is no cost model: bytes and counts only, no seconds.
+
+The one design decision: what cannot be determined is an error, or is shown as unknown
+(`axes=("?",)`); a collective that cannot be parsed is never skipped. Layer 1.
+"""
+
+import dataclasses
+import functools
+import io
+import json
+import math
+import operator
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+
+KINDS = (
+    "all-gather",
+    "reduce-scatter",
+    "all-reduce",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+)
+"""Every kind a ledger can hold, in the order of its table."""
+
+UNKNOWN_AXES = ("?",)
+"""The axes of a collective whose device groups are no product of whole mesh axes."""
+
+AxisQuery = str | tuple[str, ...] | None
+"""An axis name: every entry that spans it. A tuple: entries that span exactly these."""
+
+
+class LedgerError(ValueError):
+    """A program whose collectives cannot be counted: says which instruction and why."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collective:
+    """One collective of a program. Sizes are of one execution, on one device."""
+
+    kind: str
+    """One of `KINDS`."""
+    axes: tuple[str, ...]
+    """Mesh axes that a group spans, in mesh order; ("?",) if no axes fit the groups."""
+    group_size: int
+    """Devices that take part together."""
+    dtype: str
+    """XLA's name of the element type: f32, bf16, s32."""
+    elements: int
+    """Elements of the payload."""
+    payload_bytes: int
+    """all-gather: the gathered result. Others: the operand (a reduce-scatter's is whole)."""
+    wire_bytes: int
+    """Bytes a device sends by the ring algorithm."""
+    trips: int
+    """Executions per run of the program: the product of the trip counts around it."""
+    is_async: bool
+    """Other work can run between its start and its end."""
+    sliced: bool = False
+    """An all-reduce whose readers each take their own shard: a reduce-scatter not formed."""
+    name: str
+    """Source scope (op_name metadata), or the instruction's name where there is none."""
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """The collectives of one program, callees where they are called."""
+
+    entries: tuple[Collective, ...]
+
+    def __iter__(self) -> Iterator[Collective]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def select(self, kind: str | None = None, axis: AxisQuery = None) -> "Ledger":
+        """Returns the entries of one of `KINDS` and of an axis; None takes all."""
+        if kind is not None and kind not in KINDS:
+            raise ValueError(f"kind={kind!r}: no such collective; give one of {KINDS}")
+        kept = (e for e in self if kind in (None, e.kind) and _spans(e, axis))
+        return Ledger(tuple(kept))
+
+    def total(self, kind: str | None = None, axis: AxisQuery = None) -> int:
+        """Returns payload bytes per device and run, loops multiplied out."""
+        return sum(e.payload_bytes * e.trips for e in self.select(kind, axis))
+
+    def wire(self, kind: str | None = None, axis: AxisQuery = None) -> int:
+        """Returns bytes sent per device and run, loops multiplied out."""
+        return sum(e.wire_bytes * e.trips for e in self.select(kind, axis))
+
+    def elements(self, kind: str | None = None, axis: AxisQuery = None) -> int:
+        """Returns payload elements per device and run, loops multiplied out.
+
+        Elements compare across backends where bytes do not: XLA's CPU backend widens
+        bfloat16 collectives to float32.
+        """
+        return sum(e.elements * e.trips for e in self.select(kind, axis))
+
+    def by_kind_and_axis(self) -> dict[tuple[str, tuple[str, ...]], "Ledger"]:
+        """Returns the entries grouped by (kind, axes), kinds in the order of `KINDS`."""
+        groups: dict[tuple[str, tuple[str, ...]], list[Collective]] = {}
+        for entry in sorted(self, key=lambda e: (KINDS.index(e.kind), e.axes)):
+            groups.setdefault((entry.kind, entry.axes), []).append(entry)
+        return {key: Ledger(tuple(entries)) for key, entries in groups.items()}
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Returns a plain dict per (kind, axes), for tables and JSON."""
+        return [
+            {
+                "kind": kind,
+                "axes": list(axes),
+                "dtypes": sorted({e.dtype for e in group}),
+                "count": sum(e.trips for e in group),
+                "elements": group.elements(),
+                "payload_bytes": group.total(),
+                "wire_bytes": group.wire(),
+                "async_wire_bytes": sum(
+                    e.wire_bytes * e.trips for e in group if e.is_async
+                ),
+                "sliced_payload_bytes": sum(
+                    e.payload_bytes * e.trips for e in group if e.sliced
+                ),
+            }
+            for (kind, axes), group in self.by_kind_and_axis().items()
+        ]
+
+    def to_json(self) -> str:
+        """Returns a JSON object: `rows` (the table) and `entries` (each collective)."""
+        entries = [dataclasses.asdict(entry) for entry in self]
+        return json.dumps({"rows": self.rows(), "entries": entries}, indent=1)
+
+    def table(self, title: str | None = None) -> Any:
+        """Returns the rows as a `rich.table.Table`."""
+        from rich.table import Table
+
+        table = Table(title=title, box=None, pad_edge=False)
+        for heading in ("collective", "axes", "dtype"):
+            table.add_column(heading, no_wrap=True)
+        for heading in ("count", "elements", "payload", "wire", "overlapped"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        for row in self.rows():
+            table.add_row(
+                row["kind"] + (" (sliced)" if row["sliced_payload_bytes"] else ""),
+                " ".join(row["axes"]),
+                " ".join(row["dtypes"]),
+                f"{row['count']:,}",
+                f"{row['elements']:,}",
+                _human(row["payload_bytes"]),
+                _human(row["wire_bytes"]),
+                f"{row['async_wire_bytes'] / max(1, row['wire_bytes']):.0%}",
+            )
+        return table
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        text = io.StringIO()
+        Console(file=text, width=200).print(self.table())
+        return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+
+
+def read_ledger(
+    program: jax.stages.Compiled | str,
+    axes: Mapping[str, int],
+    *,
+    unknown_trips: int | None = None,
+) -> Ledger:
+    """Returns the collectives of a compiled program: what the backend made.
+
+    A collective over groups of one device moves nothing and is left out. Of a
+    conditional, the branch that sends most is counted.
+
+    Args:
+        program: a compiled program, or its optimised HLO text.
+        axes: the mesh's axes and sizes, outermost first, as in `dict(mesh.shape)`. The
+            device numbers in a program are positions in the mesh, whatever the devices'
+            own ids are.
+        unknown_trips: trip count assumed for a loop whose count depends on data; with
+            None such a loop is an error if a collective is inside.
+
+    Raises:
+        LedgerError: a collective that cannot be parsed, or a loop that cannot be counted.
+
+    Example:
+        >>> read_ledger('''
+        ... ENTRY %main (p: f32[8,4]) -> f32[8,4] {
+        ...   %p = f32[8,4] parameter(0)
+        ...   ROOT %r = f32[8,4] all-reduce(%p), replica_groups={{0,1},{2,3}}
+        ... }
+        ... ''', {"data": 2, "fsdp": 2}).total("all-reduce", "fsdp")
+        128
+    """
+    text = program if isinstance(program, str) else program.as_text()
+    if text is None:
+        raise LedgerError("the compiled program has no HLO text on this backend")
+    return _read(text, axes, unknown_trips)
+
+
+def read_partitioned(
+    lowered: jax.stages.Lowered,
+    axes: Mapping[str, int],
+    *,
+    unknown_trips: int | None = None,
+) -> Ledger:
+    """Returns the collectives written in a lowered program: what was asked for.
+
+    It holds the collectives of `shard_map` and none that XLA's partitioner adds later.
+    Inside a `shard_map` that leaves an axis automatic, shapes are whole over that axis,
+    and so are the sizes here. Arguments and errors are those of `read_ledger`.
+    """
+    return _read(lowered.as_text("hlo", debug_info=True), axes, unknown_trips)
+
+
+def axes_of_groups(
+    groups: Iterable[Sequence[int]], axes: Mapping[str, int]
+) -> tuple[str, ...]:
+    """Returns the mesh axes that every group spans, or `UNKNOWN_AXES`.
+
+    Args:
+        groups: lists of the devices that take part together, as row-major positions in
+            the mesh.
+        axes: the mesh's axes and sizes, outermost first.
+    """
+    groups = [tuple(group) for group in groups]
+    names = _varying_axes(groups, axes)
+    size = math.prod(axes[name] for name in names)
+    # Devices of a group agree on all other axes, so the right number of them is all.
+    whole = all(len(group) == len(set(group)) == size for group in groups)
+    return names if whole else UNKNOWN_AXES
+
+
+def _spans(entry: Collective, axis: AxisQuery) -> bool:
+    if isinstance(axis, str):
+        return axis in entry.axes
+    return axis is None or axis == entry.axes
+
+
+def _human(size: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} B" if unit == "B" else f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} TB"
+
+
+def _read(text: str, axes: Mapping[str, int], unknown_trips: int | None) -> Ledger:
+    module = _parse_module(text)
+    if module.devices not in (None, math.prod(axes.values())):
+        raise LedgerError(
+            f"axes={dict(axes)!r} are {math.prod(axes.values())} devices but the program "
+            f"was compiled for {module.devices}; give the axes of its own mesh"
+        )
+    reader = _Reader(module, axes, unknown_trips)
+    found = tuple(f.collective for f in reader.collect(module.entry))
+    if missed := set(module.collectives) - reader.parsed:
+        raise LedgerError(
+            f"collectives {sorted(missed)} are not reached from the entry"
+        )
+    return Ledger(found)
+
+
+# Device groups -> mesh axes
+
+
+_GROUP_LIST = re.compile(r"\breplica_groups=\{((?:\{[\d, ]*\},? ?)*)\}")
+_GROUP_IOTA = re.compile(
+    r"\breplica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?"
+)
+_PAIRS = re.compile(r"source_target_pairs=\"?\{((?:\{\d+, ?\d+\},? ?)*)\}")
+_BRACES = re.compile(r"\{([\d, ]*)\}")
+
+
+def _varying_axes(
+    groups: Iterable[Sequence[int]], axes: Mapping[str, int]
+) -> tuple[str, ...]:
+    """Returns the axes along which any two devices of a group differ."""
+    sizes = tuple(axes.values())
+    varying: set[int] = set()
+    for group in groups:
+        if max(group) >= math.prod(sizes):
+            raise LedgerError(f"devices {group} are not all in the mesh {dict(axes)!r}")
+        places = np.array(np.unravel_index(group, sizes))
+        varying |= set(np.flatnonzero((places != places[:, :1]).any(axis=1)).tolist())
+    return tuple(name for i, name in enumerate(axes) if i in varying)
+
+
+def _parse_groups(attributes: str, devices: int) -> list[tuple[int, ...]] | None:
+    """Returns the device groups of an instruction; None if their form is not known."""
+    if match := _GROUP_LIST.search(attributes):
+        groups = [_integers(group) for group in _BRACES.findall(match[1])]
+        return [g for g in groups if g] or [tuple(range(devices))]
+    if match := _GROUP_IOTA.search(attributes):
+        shape, dims = _integers(match[1]), _integers(match[2])
+        order = _integers(match[3]) if match[3] else tuple(range(len(dims)))
+        ids = np.arange(math.prod(dims)).reshape(dims).transpose(order).reshape(shape)
+        return [tuple(group) for group in ids.tolist()]
+    return None
+
+
+def _integers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(",") if part.strip())
+
+
+# HLO text -> instructions
+
+
+@dataclass(frozen=True, slots=True)
+class _Instruction:
+    name: str
+    shape: str
+    opcode: str
+    operands: tuple[str, ...]
+    literal: str
+    """What stands between the parentheses: the operands, or a constant's value."""
+    attributes: str
+    is_root: bool
+
+    def attribute(self, name: str) -> str:
+        match = re.search(rf"\b{name}=%?([\w.\-]+)", self.attributes)
+        if match is None:
+            raise LedgerError(f"instruction {self.name} has no {name}")
+        return match[1]
+
+    @property
+    def called(self) -> list[str]:
+        """Names of the computations that it calls."""
+        return [
+            name.strip().lstrip("%")
+            for names in _CALLED.findall(self.attributes)
+            for name in names.strip("{}").split(",")
+            if name.strip()
+        ]
+
+    @property
+    def kind(self) -> str | None:
+        """The kind of a collective or of its start; None for all others."""
+        kind = self.opcode.removesuffix("-start")
+        if kind == "send" and "is_host_transfer=true" not in self.attributes:
+            return "collective-permute"
+        if kind in KINDS or not _COLLECTIVE.match(kind) or kind.endswith("-done"):
+            return kind if kind in KINDS else None
+        raise LedgerError(f"instruction {self.name}: no rule for collective {kind!r}")
+
+    @property
+    def is_async(self) -> bool:
+        """Whether it starts something. GPU marks a start that its done follows at once."""
+        return self.opcode.endswith("-start") and 'is_sync":true' not in self.attributes
+
+
+@dataclass(frozen=True)
+class _Computation:
+    name: str
+    instructions: dict[str, _Instruction]
+
+    def __getitem__(self, name: str) -> _Instruction:
+        if name not in self.instructions:
+            raise LedgerError(f"{name} is not defined in computation {self.name}")
+        return self.instructions[name]
+
+    @functools.cached_property
+    def root(self) -> _Instruction:
+        return next(i for i in self.instructions.values() if i.is_root)
+
+    @functools.cached_property
+    def parameters(self) -> dict[int, _Instruction]:
+        found = (i for i in self.instructions.values() if i.opcode == "parameter")
+        return {int(i.literal): i for i in found}
+
+    @functools.cached_property
+    def readers(self) -> dict[str, list[_Instruction]]:
+        found: dict[str, list[_Instruction]] = {n: [] for n in self.instructions}
+        for instruction in self.instructions.values():
+            for operand in dict.fromkeys(instruction.operands):
+                found[operand].append(instruction)
+        return found
+
+
+@dataclass(frozen=True)
+class _Module:
+    computations: dict[str, _Computation]
+    entry: str
+    devices: int | None
+
+    def __getitem__(self, name: str) -> _Computation:
+        return self.computations[name]
+
+    @functools.cached_property
+    def collectives(self) -> list[str]:
+        every = (c.instructions.values() for c in self.computations.values())
+        return [i.name for instructions in every for i in instructions if i.kind]
+
+    @functools.cached_property
+    def callers(self) -> dict[str, tuple[_Computation, _Instruction]]:
+        """The first caller of each computation."""
+        found: dict[str, tuple[_Computation, _Instruction]] = {}
+        for computation in self.computations.values():
+            for instruction in computation.instructions.values():
+                for called in instruction.called:
+                    found.setdefault(called, (computation, instruction))
+        return found
+
+
+_HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\(.*\) -> .* )?\{$")
+_ASSIGNMENT = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
+_COMMENT = re.compile(r"/\*.*?\*/")
+_ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,<= ]*)\]")
+_BITS = re.compile(r"(?:bf|[sufc])(\d+)")
+_COLLECTIVE = re.compile(r"all-|ragged-all|collective-|reduce-scatter")
+_CALLED = re.compile(
+    r"\b(?:calls|to_apply|body|condition|called_computations|branch_computations"
+    r"|true_computation|false_computation)=(\{[^{}]*\}|%?[\w.\-]+)"
+)
+
+
+def _parse_module(text: str) -> _Module:
+    computations: dict[str, _Computation] = {}
+    entry, devices, current = None, None, None
+    for line in text.splitlines():
+        if line.startswith("HloModule"):
+            counts = re.findall(r"\b(?:num_partitions|replica_count)=(\d+)", line)
+            devices = math.prod(map(int, counts)) if counts else None
+        elif current is None:
+            if match := _HEADER.match(line.rstrip()):
+                current = _Computation(match[2], {})
+                computations[current.name] = current
+                entry = current.name if match[1] else entry
+        elif line.startswith("}"):  # may be followed by an execution thread
+            current = None
+        elif match := _ASSIGNMENT.match(line):
+            instruction = _parse_instruction(match[2], match[3], bool(match[1]))
+            current.instructions[instruction.name] = instruction
+    if entry is None or current is not None:
+        raise LedgerError("no whole ENTRY computation; give the HLO text of a module")
+    return _Module(computations, entry, devices)
+
+
+def _parse_instruction(name: str, text: str, is_root: bool) -> _Instruction:
+    text = _COMMENT.sub("", text)
+    cut = _closing(text, 0) + 1 if text.startswith("(") else text.find(" ")
+    shape, rest = text[:cut], text[cut:].lstrip()
+    opcode = rest.partition("(")[0]
+    if not re.fullmatch(r"[\w\-]+", opcode):
+        raise LedgerError(f"instruction {name}: no opcode in {text[:200]!r}")
+    end = _closing(rest, len(opcode))
+    literal = rest[len(opcode) + 1 : end]
+    operands: list[str] = []
+    if opcode not in ("constant", "parameter", "iota"):
+        # A name may follow its shape, whose commas stand inside brackets or braces.
+        plain = re.sub(r"\[[^\]]*\]|\{[^{}]*\}", "", literal)
+        words = (part.split() for part in plain.split(","))
+        operands = [word[-1].lstrip("%").rstrip(")") for word in words if word]
+    attributes = rest[end + 1 :]
+    return _Instruction(
+        name, shape, opcode, tuple(operands), literal, attributes, is_root
+    )
+
+
+def _closing(text: str, start: int) -> int:
+    """Returns the index of the parenthesis that closes the one at `start`."""
+    depth = 0
+    for match in re.compile(r'[()]|"(?:[^"\\]|\\.)*"').finditer(text, start):
+        depth += {"(": 1, ")": -1}.get(match[0], 0)
+        if depth == 0:
+            return match.start()
+    raise LedgerError(f"unbalanced parentheses in {text[:200]!r}")
+
+
+def _arrays(shape: str) -> list[tuple[str, int]]:
+    """Returns (dtype, elements) of each array in a shape; a tuple shape has several."""
+    return [
+        (dtype, math.prod(_integers(dims.replace("<=", ""))))
+        for dtype, dims in _ARRAY.findall(shape)
+        if dtype not in ("token", "opaque")
+    ]
+
+
+def _size(dtype: str, elements: int) -> int:
+    """Returns the bytes of an array."""
+    if dtype == "pred":
+        return elements
+    if (match := _BITS.match(dtype)) is None:
+        raise LedgerError(f"dtype {dtype!r} of a collective is unknown")
+    return math.ceil(elements * int(match[1]) / 8)
+
+
+# Instructions -> collectives
+
+
+_OP_NAME = re.compile(r'op_name="((?:[^"\\]|\\.)*)"')
+_CHAIN = re.compile(r'\bchain_id="(\d+)"')
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+
+
+@dataclass(frozen=True)
+class _Found:
+    collective: Collective
+    chain: str | None = None
+    """TPU: one collective is spread over several fusions, which share this id."""
+
+    def replace(self, **changes: Any) -> "_Found":
+        return _Found(dataclasses.replace(self.collective, **changes), self.chain)
+
+
+class _Reader:
+    """Collects the collectives of a module, callees first."""
+
+    def __init__(
+        self, module: _Module, axes: Mapping[str, int], unknown_trips: int | None
+    ) -> None:
+        self.module = module
+        self.axes = axes
+        self.unknown_trips = unknown_trips
+        self.parsed: set[str] = set()
+        self.done: dict[str, list[_Found]] = {}
+
+    def collect(self, name: str) -> list[_Found]:
+        """Returns the collectives of one run of a computation."""
+        if name not in self.done:
+            found: list[_Found] = []
+            chains: set[str] = set()
+            for instruction in self.module[name].instructions.values():
+                for new in self.of_instruction(self.module[name], instruction):
+                    if instruction.opcode == "fusion" and new.chain is not None:
+                        if new.chain in chains:
+                            continue
+                        chains.add(new.chain)
+                        new = _Found(new.replace(is_async=True).collective)
+                    found.append(new)
+            self.done[name] = found
+        return self.done[name]
+
+    def of_instruction(
+        self, computation: _Computation, i: _Instruction
+    ) -> list[_Found]:
+        if i.kind is not None:
+            return self.parse(i.kind, computation, i)
+        if i.opcode.endswith(("-done", "-update")):
+            return []
+        parts = [
+            self.collect(name) for name in i.called if name in self.module.computations
+        ]
+        if not any(parts):
+            return []
+        if i.opcode == "while":
+            return self.repeat(computation, i)
+        if i.opcode == "conditional":
+            return max(
+                parts, key=lambda part: Ledger(tuple(f.collective for f in part)).wire()
+            )
+        found = [new for part in parts for new in part]
+        if i.is_async:
+            found = [new.replace(is_async=True) for new in found]
+        if i.opcode == "fusion" and _is_reduce_scatter_fusion(i):
+            found = [_as_reduce_scatter(new) for new in found]
+        return found
+
+    def repeat(self, computation: _Computation, loop: _Instruction) -> list[_Found]:
+        """Returns the collectives of a loop; its condition runs once more than its body."""
+        if match := _TRIPS.search(loop.attributes):
+            trips = int(match[1])
+        else:
+            trips = _count_trips(self.module, computation, loop)
+            trips = self.unknown_trips if trips is None else trips
+        if trips is None:
+            raise LedgerError(
+                f"loop {loop.name} holds collectives but its trip count depends on data; "
+                "give unknown_trips"
+            )
+        parts = (
+            (loop.attribute("condition"), trips + 1),
+            (loop.attribute("body"), trips),
+        )
+        return [
+            new.replace(trips=new.collective.trips * n)
+            for name, n in parts
+            for new in self.collect(name)
+        ]
+
+    def parse(
+        self, kind: str, computation: _Computation, i: _Instruction
+    ) -> list[_Found]:
+        """Returns an entry per dtype (and per `sliced`) of a collective's operands."""
+        self.parsed.add(i.name)
+        axes, n = self.group(kind, i)
+        if n == 1:
+            return []
+        sums: dict[tuple[str, bool], int] = {}
+        for position, operand in enumerate(i.operands):
+            sliced = kind == "all-reduce" and _is_sliced(
+                self.module, computation, i, position
+            )
+            for dtype, count in _arrays(computation[operand].shape):
+                sums[dtype, sliced] = sums.get((dtype, sliced), 0) + count
+        if not sums:
+            raise LedgerError(f"collective {i.name} has no array operands")
+        scope, chain = _OP_NAME.search(i.attributes), _CHAIN.search(i.attributes)
+        found = []
+        for (dtype, sliced), operand_elements in sums.items():
+            count = operand_elements * (n if kind == "all-gather" else 1)
+            collective = Collective(
+                kind=kind,
+                axes=axes,
+                group_size=n,
+                dtype=dtype,
+                elements=count,
+                payload_bytes=_size(dtype, count),
+                wire_bytes=_wire_bytes(kind, _size(dtype, count), n),
+                trips=1,
+                is_async=i.is_async,
+                sliced=sliced,
+                name=scope[1] if scope else i.name,
+            )
+            found.append(_Found(collective, chain[1] if chain else None))
+        return found
+
+    def group(self, kind: str, i: _Instruction) -> tuple[tuple[str, ...], int]:
+        """Returns the mesh axes of a collective's groups, and their size."""
+        if kind == "collective-permute":
+            if match := _PAIRS.search(i.attributes):
+                pairs = [_integers(pair) for pair in _BRACES.findall(match[1])]
+                names = _varying_axes(pairs, self.axes)
+                return names, math.prod(self.axes[name] for name in names)
+        else:
+            groups = _parse_groups(i.attributes, math.prod(self.axes.values()))
+            if groups is not None:
+                return axes_of_groups(groups, self.axes), max(map(len, groups))
+        raise LedgerError(
+            f"collective {i.name}: device groups not understood in {i.attributes[:200]!r}"
+        )
+
+
+def _wire_bytes(kind: str, payload: int, n: int) -> int:
+    """Returns the bytes one device sends, by the ring algorithms."""
+    if kind in ("collective-permute", "collective-broadcast"):
+        return payload
+    return (2 if kind == "all-reduce" else 1) * payload * (n - 1) // n
+
+
+def _is_reduce_scatter_fusion(fusion: _Instruction) -> bool:
+    """TPU: an all-reduce and its slice in one fusion, which is run as one scatter."""
+    return "AllReduceScatterFusion" in fusion.attributes or any(
+        name.startswith("all-reduce-scatter") for name in fusion.called
+    )
+
+
+def _as_reduce_scatter(found: _Found) -> _Found:
+    c = found.collective
+    if c.kind != "all-reduce":
+        return found
+    wire = _wire_bytes("reduce-scatter", c.payload_bytes, c.group_size)
+    return found.replace(kind="reduce-scatter", wire_bytes=wire, sliced=False)
+
+
+# All-reduces that are reduce-scatters in disguise
+
+
+_PASS_THROUGH = frozenset(
+    (
+        "all-reduce-done",
+        "bitcast",
+        "convert",
+        "copy",
+        "copy-done",
+        "copy-start",
+        "get-tuple-element",
+        "optimization-barrier",
+        "reshape",
+        "transpose",
+    )
+)
+"""What may stand between an all-reduce and the slices taken of it."""
+
+
+def _is_sliced(
+    module: _Module, computation: _Computation, i: _Instruction, position: int
+) -> bool:
+    """True if all that is read of a result are slices at the device's own place."""
+    parts = [i]
+    if len(i.operands) > 1:
+        parts = [
+            reader
+            for reader in computation.readers[i.name]
+            if reader.opcode == "get-tuple-element"
+            and int(reader.attribute("index")) == position
+        ]
+    return bool(parts) and all(_only_slices(module, computation, p.name) for p in parts)
+
+
+def _only_slices(module: _Module, computation: _Computation, name: str) -> bool:
+    readers = computation.readers[name]
+    if not readers or computation[name].is_root:
+        return False
+    return all(_takes_slice(module, computation, reader, name) for reader in readers)
+
+
+def _takes_slice(
+    module: _Module, computation: _Computation, reader: _Instruction, name: str
+) -> bool:
+    if reader.opcode in _PASS_THROUGH:
+        return _only_slices(module, computation, reader.name)
+    if reader.opcode == "dynamic-slice":
+        starts = reader.operands[1:]
+        return any(_reads_partition(module, computation, start) for start in starts)
+    if reader.opcode != "fusion":
+        return False
+    callee = module[reader.called[0]]
+    return all(
+        _only_slices(module, callee, callee.parameters[position].name)
+        for position, operand in enumerate(reader.operands)
+        if operand == name
+    )
+
+
+def _reads_partition(
+    module: _Module, computation: _Computation, name: str, slot: int | None = None
+) -> bool:
+    """True if a scalar is computed from the device's own number, through all callers."""
+    i = computation[name]
+    if i.opcode in ("partition-id", "replica-id"):
+        return True
+    if i.opcode == "get-tuple-element":
+        index = int(i.attribute("index"))
+        return _reads_partition(module, computation, i.operands[0], index)
+    if i.opcode in ("tuple", "while") and slot is not None:
+        operand = i.operands[slot if i.opcode == "tuple" else 0]
+        return _reads_partition(module, computation, operand, slot)
+    if i.opcode == "parameter":
+        if computation.name not in module.callers:
+            return False
+        outer, call = module.callers[computation.name]
+        operand = call.operands[0 if call.opcode == "while" else int(i.literal)]
+        return _reads_partition(module, outer, operand, slot)
+    inside = [module[name] for name in i.called if name in module.computations]
+    if any(x.opcode == "partition-id" for c in inside for x in c.instructions.values()):
+        return True
+    return any(_reads_partition(module, computation, o) for o in i.operands)
+
+
+# Trip counts
+
+
+_MAX_TRIPS = 1 << 16
+
+_ARITHMETIC: Mapping[str, Callable[[int, int], int]] = {
+    "add": operator.add,
+    "subtract": operator.sub,
+    "multiply": operator.mul,
+    "minimum": min,
+    "maximum": max,
+    "and": operator.and_,
+    "LT": operator.lt,
+    "LE": operator.le,
+    "GT": operator.gt,
+    "GE": operator.ge,
+    "EQ": operator.eq,
+    "NE": operator.ne,
+}
+
+_SAME_VALUE = frozenset(
+    ("bitcast", "convert", "copy", "copy-done", "copy-start", "reshape")
+)
+
+_Carry = Callable[[int], int | None]
+"""The integer in a slot of a loop's carry, or None where it is no known integer."""
+
+
+def _count_trips(
+    module: _Module, computation: _Computation, loop: _Instruction
+) -> int | None:
+    """Returns how often a loop runs, by running its counters; None if they need data."""
+    body, condition = (module[loop.attribute(name)] for name in ("body", "condition"))
+    first = computation[loop.operands[0]]
+    if first.opcode != "tuple" or body.root.opcode != "tuple":
+        return None
+    state: dict[int, int | None] = {}
+
+    def carry(slot: int) -> int | None:
+        if slot not in state:
+            state[slot] = _integer(module, computation, first.operands[slot], ())
+        return state[slot]
+
+    for trips in range(_MAX_TRIPS):
+        go_on = _integer(module, condition, condition.root.name, (carry,))
+        if not go_on:
+            return trips if go_on is not None else None
+        # A slot first read below has not changed before, or it would be in the state.
+        last = body.root.operands
+        state |= {n: _integer(module, body, last[n], (carry,)) for n in list(state)}
+    return None
+
+
+def _integer(
+    module: _Module,
+    computation: _Computation,
+    name: str,
+    arguments: Sequence[_Carry | int | None],
+) -> int | None:
+    """Returns the value of an integer scalar, or None if it needs data."""
+    i = computation[name]
+    opcode = i.attribute("direction") if i.opcode == "compare" else i.opcode
+    if opcode == "constant":
+        literal = {"true": "1", "false": "0"}.get(i.literal, i.literal)
+        return int(literal) if re.fullmatch(r"-?\d+", literal) else None
+    if opcode == "parameter":
+        number = int(i.literal)
+        value = arguments[number] if number < len(arguments) else None
+        return value if isinstance(value, int) else None
+    if opcode == "get-tuple-element":
+        from_parameter = computation[i.operands[0]].opcode == "parameter"
+        carry = arguments[0] if arguments and from_parameter else None
+        return carry(int(i.attribute("index"))) if callable(carry) else None
+    if opcode in _SAME_VALUE:
+        return _integer(module, computation, i.operands[0], arguments)
+    if opcode not in _ARITHMETIC and opcode not in ("fusion", "call"):
+        return None
+    values = [_integer(module, computation, o, arguments) for o in i.operands]
+    if opcode in _ARITHMETIC:
+        a, b = values
+        return None if a is None or b is None else int(_ARITHMETIC[opcode](a, b))
+    callee = module[i.called[0]]
+    return _integer(module, callee, callee.root.name, values)

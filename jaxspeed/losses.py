@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Losses: functions of (model, batch) that return a sum and a count."""
+
+import jax.numpy as jnp
+
+from jaxspeed.ops.cross_entropy import fused_cross_entropy
+from jaxspeed.types import Batch, CausalLM, Sums
+
+
+def next_token_loss(model: CausalLM, batch: Batch) -> Sums:
+    """Returns the language-modelling loss, -sum log p(target | inputs so far), and the targets counted.
+
+    Without `targets` the inputs shifted by one are used, and the last position does not count.
+
+    Args:
+        model: a decoder.
+        batch: `inputs`, and optionally `targets`, `mask`, `positions`, `segment_ids`.
+    """
+    inputs, mask = batch["inputs"], batch.get("mask")
+    if "targets" in batch:
+        targets = batch["targets"]
+    else:
+        targets = jnp.roll(inputs, -1, axis=1)
+        inner = jnp.broadcast_to(jnp.arange(inputs.shape[1]) < inputs.shape[1] - 1, inputs.shape)
+        mask = inner if mask is None else mask & inner
+    hidden = model.hidden(inputs, batch.get("positions"), batch.get("segment_ids"))
+    return fused_cross_entropy(hidden, model.output_embedding(), targets, mask)

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The boundary with Flax NNX: how a model states its parameters, and how it becomes plain arrays.
+
+A model file uses `param` and `Layers`. The rest of the library uses `split` and `merge`: past
+them a model is (graphdef, nested dict of arrays), so optimizers, checkpoints and sharding know
+nothing of NNX. Of the library only this module imports flax. ADR 0003.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxspeed.ambient import ambient, current
+from jaxspeed.config import ConfigError
+from jaxspeed.remat import checkpoint_layer
+from jaxspeed.sharding import Weight, is_weight, materialise
+from jaxspeed.types import Params, PyTree
+
+
+Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
+
+
+def param(init: Initializer, rngs: nnx.Rngs, shape: tuple[int, ...], dims: tuple[str, ...]) -> nnx.Param:
+    """Returns a float32 parameter that carries the logical name of each dim.
+
+    Args:
+        init: an initialiser, as in `jax.nn.initializers`.
+        rngs: where its key comes from.
+        shape: of the parameter.
+        dims: one logical name per dim; they decide where it lives (`jaxspeed.sharding`).
+    """
+    if len(shape) != len(dims):
+        raise ValueError(f"param of shape {shape} has dims {dims}: one name per dim")
+    return nnx.Param(init(rngs.params(), shape, jnp.float32), dims=dims)
+
+
+class Layers(nnx.Module):
+    """L blocks of one shape, stored stacked (leading dim `layers`) and run one after another by a scan.
+
+    Inside the scan each block's weights are materialised (gathered, at ZeRO stage 3), used, and
+    dropped; the rematerialisation policy is applied once, here.
+    """
+
+    def __init__(self, make_block: Callable[[nnx.Rngs], nnx.Module], num_layers: int, rngs: nnx.Rngs) -> None:
+        """Makes `num_layers` blocks, each from its own key."""
+        self.num_layers = num_layers
+        self.block = nnx.vmap(make_block)(rngs.fork(split=num_layers))
+
+    def __call__(self, x: jax.Array, *args: Any) -> jax.Array:
+        """Returns x after all blocks; `args` (positions, masks) go to each block unchanged."""
+        graphdef, weights = nnx.split(self.block)
+        weights = nnx.to_pure_dict(weights)
+        key = current().dropout_key
+
+        def body(x: jax.Array, layer: tuple[PyTree, jax.Array], *args: Any) -> jax.Array:
+            weights, index = layer
+            whole = jax.tree.map(materialise, weights, is_leaf=is_weight)
+            layer_key = None if key is None else jax.random.fold_in(key, index)
+            with ambient(dropout_key=layer_key):
+                return nnx.merge(graphdef, whole)(x, *args)
+
+        body = checkpoint_layer(body, current().remat)
+        x, _ = jax.lax.scan(lambda x, layer: (body(x, layer, *args), None), x, (weights, jnp.arange(self.num_layers)))
+        return x
+
+
+def split(model: nnx.Module) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    """Returns (graphdef, parameters, logical dims) of a model.
+
+    Parameters are a nested dict of arrays (or of shapes, for an abstract model); dims mirror it,
+    with None for a parameter that has no names.
+
+    Raises:
+        ConfigError: the model holds state that is not a parameter (batch statistics, say).
+    """
+    graphdef, state, rest = nnx.split(model, nnx.Param, ...)
+    others = [(path, v) for path, v in nnx.to_flat_state(rest) if not isinstance(v, nnx.RngState)]
+    if others:
+        path, variable = others[0]
+        raise ConfigError(
+            f"model.{'.'.join(map(str, path))} is a {type(variable).__name__}: the step trains parameters (nnx.Param) only; "
+            "use a layer without running statistics, such as LayerNorm"
+        )
+    if nnx.to_flat_state(rest):
+        raise ConfigError("model holds random-number state (nnx.Rngs); use jaxspeed.ops.dropout, which takes its key from the step")
+    dims = jax.tree.map(_dims_of, state, is_leaf=lambda v: isinstance(v, nnx.Variable))
+    return graphdef, nnx.to_pure_dict(state), _plain(dims)
+
+
+def merge(graphdef: Any, params: Params) -> Any:
+    """Returns the model with these parameters.
+
+    `Weight`s outside stacked layers are materialised here, those inside by `Layers`.
+    """
+
+    def enter(weight: Any) -> Any:
+        return weight if isinstance(weight, Weight) and weight.placement.stacked else materialise(weight)
+
+    return nnx.merge(graphdef, jax.tree.map(enter, params, is_leaf=is_weight))
+
+
+def abstract(make_model: Callable[[], nnx.Module]) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    """Returns `split` of the model that `make_model` would make, with shapes in place of arrays."""
+    return split(nnx.eval_shape(make_model))
+
+
+def initialise(make_model: Callable[[], nnx.Module]) -> dict[str, Any]:
+    """Returns the parameters of a new model; to be called under jit with out_shardings."""
+    return nnx.to_pure_dict(nnx.state(make_model(), nnx.Param))
+
+
+def is_module(x: Any) -> bool:
+    """Whether x is an NNX module."""
+    return isinstance(x, nnx.Module)
+
+
+def rngs(key: jax.Array) -> nnx.Rngs:
+    """Returns the NNX random streams that start from this key."""
+    return nnx.Rngs(params=key)
+
+
+def _dims_of(variable: nnx.Variable) -> Any:
+    dims = variable.get_metadata().get("dims")
+    if dims is None:
+        return None
+    ndim = len(variable.get_value().shape)
+    assert ndim - len(dims) in (0, 1), (dims, ndim)
+    return ("layers",) * (ndim - len(dims)) + tuple(dims)
+
+
+def _plain(tree: Any) -> Any:
+    return {k: _plain(v) for k, v in tree.items()} if hasattr(tree, "items") else tree

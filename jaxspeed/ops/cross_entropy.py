@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cross-entropy over a large vocabulary without ever holding (B, T, V).
+
+The loss and its gradient are computed together, a chunk of tokens at a time: logits of a chunk,
+their log-sum-exp, and at once what the chunk gives to the gradients of hidden states and of the
+embedding. Peak memory is one chunk of logits; the products are the same three as without chunks.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxspeed.ambient import current
+from jaxspeed.ops.linear import dot
+from jaxspeed.types import Sums
+
+
+CHUNK_BYTES = 32 * 2**20
+"""Aimed size of one chunk of float32 logits."""
+
+
+def fused_cross_entropy(
+    hidden: Float[Array, "B T D"],
+    embedding: Float[Array, "V D"],
+    targets: Int[Array, "B T"],
+    mask: Bool[Array, "B T"] | None = None,
+) -> Sums:
+    """Returns the summed -log softmax(hidden @ embedding.T)[target] over masked-in tokens, and their number.
+
+    Args:
+        hidden: last hidden states.
+        embedding: output embedding.
+        targets: next tokens, in [0, V).
+        mask: which targets count; None counts all.
+    """
+    d_model, tokens = hidden.shape[-1], targets.size
+    weights = (jnp.ones(targets.shape, jnp.float32) if mask is None else mask.astype(jnp.float32)).reshape(-1)
+    chunk = _chunk_tokens(tokens, embedding.shape[0])
+    pad = -tokens % chunk
+    split = lambda x: jnp.pad(x, [(0, pad)] + [(0, 0)] * (x.ndim - 1)).reshape(-1, chunk, *x.shape[1:])  # noqa: E731
+    total = _summed_loss(
+        current().compute, split(hidden.reshape(-1, d_model)), embedding, split(targets.reshape(-1)), split(weights)
+    )
+    return Sums(total, jnp.sum(weights))
+
+
+def _chunk_tokens(tokens: int, vocab: int) -> int:
+    """Returns the tokens per chunk: equal chunks, as few as fit CHUNK_BYTES each."""
+    chunks = max(1, -(-tokens * vocab * 4 // CHUNK_BYTES))
+    return -(-tokens // chunks)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _summed_loss(compute: Any, hidden: Array, embedding: Array, targets: Array, weights: Array) -> Array:
+    table = embedding.astype(compute)
+
+    def add(total: Array, chunk: tuple[Array, Array, Array]) -> tuple[Array, None]:
+        h, t, m = chunk
+        return total + _loss_and_shifted(h.astype(compute), table, t, m)[0], None
+
+    return jax.lax.scan(add, jnp.zeros((), jnp.float32), (hidden, targets, weights))[0]
+
+
+def _summed_loss_fwd(compute: Any, hidden: Array, embedding: Array, targets: Array, weights: Array) -> tuple[Array, tuple[Array, Array]]:
+    table = embedding.astype(compute)
+
+    def add(carry: tuple[Array, Array], chunk: tuple[Array, Array, Array]) -> tuple[tuple[Array, Array], Array]:
+        total, d_table = carry
+        h, t, m = chunk
+        h = h.astype(compute)
+        loss, exps, norm = _loss_and_shifted(h, table, t, m)
+        hit = t[:, None] == jnp.arange(table.shape[0])
+        d_logits = (exps * (m / norm)[:, None] - jnp.where(hit, m[:, None], 0.0)).astype(compute)
+        return (total + loss, d_table + dot(d_logits, h, (0, 0))), dot(d_logits, table, (1, 0)).astype(hidden.dtype)
+
+    zero = (jnp.zeros((), jnp.float32), jnp.zeros(table.shape, jnp.float32))
+    (total, d_table), d_hidden = jax.lax.scan(add, zero, (hidden, targets, weights))
+    return total, (d_hidden, d_table)
+
+
+def _summed_loss_bwd(compute: Any, residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array, None, None]:
+    d_hidden, d_table = residuals
+    return (d_hidden * g).astype(d_hidden.dtype), d_table * g, None, None
+
+
+_summed_loss.defvjp(_summed_loss_fwd, _summed_loss_bwd)
+
+
+def _loss_and_shifted(h: Array, table: Array, targets: Array, weights: Array) -> tuple[Array, Array, Array]:
+    """Returns a chunk's summed loss, exp(logits - max) and the rows' sums of those."""
+    logits = dot(h, table, (1, 1))
+    top = jnp.max(logits, -1)
+    exps = jnp.exp(logits - top[:, None])
+    norm = jnp.sum(exps, -1)
+    chosen = jnp.take_along_axis(logits, targets[:, None], -1)[:, 0]
+    return jnp.sum((top + jnp.log(norm) - chosen) * weights), exps, norm

@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All of a run that is settled before an array exists: mesh, placements, abstract state, compiled step.
+
+Built from a RunConfig and devices that may be real, virtual or ahead-of-time (a TPU or GPU
+topology on a machine that has none). Training, evaluation, sampling, planning and the benchmarks
+start from here. Layer 3.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+
+from jaxspeed import nn
+from jaxspeed.ambient import Ambient
+from jaxspeed.config import BATCH_AXES, BatchShape, ConfigError, LossScaleConfig, RunConfig
+from jaxspeed.losses import next_token_loss
+from jaxspeed.mesh import build_mesh
+from jaxspeed.optim import make_optimizer
+from jaxspeed.schedules import make_schedule
+from jaxspeed.sharding import is_placement, place_all
+from jaxspeed.state import make_init, state_shardings, with_shardings
+from jaxspeed.step import StepSpec, make_eval_fn, make_train_step
+from jaxspeed.types import LossFn, Params, PyTree, Sums
+
+
+State = PyTree
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """A run's static part. Make it with `build_program`."""
+
+    run: RunConfig
+    batch: BatchShape
+    spec: StepSpec
+    tx: optax.GradientTransformationExtraArgs
+    schedule: optax.Schedule
+    abstract_state: State
+    """Shapes, dtypes and shardings of the train state."""
+    init: Callable[[jax.Array], State]
+    """`key -> state`, not yet jitted."""
+
+    @property
+    def mesh(self) -> Mesh:
+        """The device mesh."""
+        return self.spec.mesh
+
+    @functools.cached_property
+    def shardings(self) -> State:
+        """A NamedSharding per leaf of the state."""
+        return jax.tree.map(lambda x: x.sharding, self.abstract_state)
+
+    def init_state(self) -> State:
+        """Returns a new train state, each device making its own shards."""
+        return jax.jit(self.init, out_shardings=self.shardings)(jax.random.key(self.run.seed))
+
+    @functools.cached_property
+    def train_step(self) -> Callable[[State, Mapping[str, jax.Array]], tuple[State, dict[str, jax.Array]]]:
+        """The jitted step; it takes over (donates) the state it is given."""
+        step = make_train_step(
+            self.spec, self.tx, self.schedule, clip_norm=self.run.optim.clip_norm, loss_scale=_loss_scale(self.run)
+        )
+        whole = NamedSharding(self.mesh, P())
+        return jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, whole))
+
+    @functools.cached_property
+    def eval_step(self) -> Callable[[Params, Mapping[str, jax.Array]], Sums]:
+        """The jitted loss of a batch (B, T) without gradients."""
+        return jax.jit(make_eval_fn(self.spec))
+
+    def abstract_batch(self, names: Sequence[str] = ("inputs", "targets", "mask", "positions", "segment_ids")) -> dict[str, jax.ShapeDtypeStruct]:
+        """Returns the shapes and shardings of a training batch with these leaves."""
+        shape = (self.batch.accumulate, self.batch.micro_size * self.batch.shards, self.run.seq_len)
+        sharding = NamedSharding(self.mesh, P(None, BATCH_AXES))
+        return {n: jax.ShapeDtypeStruct(shape, jnp.bool if n == "mask" else jnp.int32, sharding=sharding) for n in names}
+
+    def lower_step(self, names: Sequence[str] | None = None) -> jax.stages.Lowered:
+        """Returns the lowered train step; `.compile()` works for devices that are not there."""
+        batch = self.abstract_batch(names) if names else self.abstract_batch()
+        return self.train_step.lower(self.abstract_state, batch)  # type: ignore[attr-defined]
+
+    @functools.cached_property
+    def process_rows(self) -> tuple[int, int]:
+        """Which share (index, count) of each batch's rows this process feeds."""
+        shards = np.arange(self.batch.shards).reshape([self.mesh.shape[a] for a in BATCH_AXES] + [1])
+        mine = [d.process_index == jax.process_index() for d in self.mesh.devices.flat]
+        held = np.unique(np.broadcast_to(shards, self.mesh.devices.shape).reshape(-1)[np.asarray(mine)])
+        return int(held[0]) // len(held), self.batch.shards // len(held)
+
+    def put_batch(self, rows: Mapping[str, np.ndarray], *, training: bool = True) -> dict[str, jax.Array]:
+        """Puts this process's rows of a global batch on its devices: (A, B, T) for training, else (B, T).
+
+        Raises:
+            ConfigError: the number of rows is not this process's share of global_batch_size.
+        """
+        expected = self.batch.global_size // self.process_rows[1]
+        for name, array in rows.items():
+            if array.shape[0] != expected:
+                raise ConfigError(
+                    f"batch[{name!r}] has {array.shape[0]} rows; this process feeds {expected} per update "
+                    f"(global_batch_size={self.batch.global_size} over {self.process_rows[1]} processes)"
+                )
+        if not training:
+            sharding = NamedSharding(self.mesh, P(BATCH_AXES))
+            return {n: jax.make_array_from_process_local_data(sharding, np.asarray(x)) for n, x in rows.items()}
+        sharding = NamedSharding(self.mesh, P(None, BATCH_AXES))
+        split = {n: np.asarray(x).reshape(self.batch.accumulate, -1, *x.shape[1:]) for n, x in rows.items()}
+        return {n: jax.make_array_from_process_local_data(sharding, x) for n, x in split.items()}
+
+
+def build_program(
+    run: RunConfig,
+    *,
+    make_model: Callable[[Any], Any] | None = None,
+    loss_fn: LossFn = next_token_loss,
+    devices: Sequence[Any] | None = None,
+    seq_len: int | None = None,
+) -> Program:
+    """Returns the static part of a run.
+
+    Args:
+        run: the configuration.
+        make_model: `nnx.Rngs -> model`; by default `run.model.build`.
+        loss_fn: what to minimise.
+        devices: to run (or only compile) on; all devices by default.
+        seq_len: tokens per sequence, where it is not `run.seq_len`.
+
+    Raises:
+        ConfigError: the configuration does not fit itself or the devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    batch = run.validate(len(devices))
+    sizes = run.mesh.sizes(len(devices))
+    mesh = build_mesh(sizes, devices)
+    make_model = make_model or run.model.build
+    graphdef, params, dims = nn.abstract(lambda: make_model(nn.rngs(jax.random.key(0))))
+    placements = place_all(params, dims, sizes, run.zero)
+    platform = mesh.devices.flat[0].platform
+    compute = jnp.dtype(run.dtype.compute)
+    wide = run.dtype.activations == "float32" or (run.dtype.activations == "auto" and platform == "cpu")
+    spec = StepSpec(
+        graphdef=graphdef,
+        placements=placements,
+        mesh=mesh,
+        settings=Ambient(
+            compute=compute, activations=jnp.dtype(jnp.float32) if wide else compute, attention=run.attention,
+            platform="gpu" if platform in ("cuda", "rocm") else platform, remat=run.remat, tensor=sizes["tensor"],
+        ),
+        loss_fn=loss_fn,
+        reduce_dtype=jnp.dtype(jnp.float32) if run.dtype.reduce == "float32" else compute,
+        seed_scale=2.0 ** -round(math.log2(batch.global_size * (seq_len or run.seq_len))),
+        dropout=getattr(run.model, "dropout", 0.0) > 0.0,
+    )  # fmt: skip
+    schedule = make_schedule(run.schedule, run.optim.lr, run.steps)
+    masters = jax.tree.map(lambda place: NamedSharding(mesh, place.spec("master")), placements, is_leaf=is_placement)
+    tx = make_optimizer(run.optim, run.schedule, run.steps, dims, placements=masters)
+    init = make_init(lambda key: nn.initialise(lambda: make_model(nn.rngs(key))), tx, _loss_scale(run))
+    abstract = jax.eval_shape(init, jax.random.key(0))
+    abstract = with_shardings(abstract, state_shardings(abstract, placements, mesh))
+    return Program(run, batch, spec, tx, schedule, abstract, init)
+
+
+def notices(program: Program) -> list[str]:
+    """Returns what the user should be told once: settings that this hardware makes idle."""
+    run, sizes = program.run, program.mesh.shape
+    said = []
+    if run.zero.stage and sizes["fsdp"] == 1:
+        said.append(f"zero.stage={run.zero.stage} shards nothing here: mesh.fsdp is 1 (one shard holds all)")
+    odd = [place for place in jax.tree.leaves(program.spec.placements, is_leaf=dataclasses.is_dataclass) if place.zero_dim is None]
+    if odd and run.zero.stage and sizes["fsdp"] > 1:
+        count = sum(math.prod(place.shape) for place in odd)
+        said.append(f"{len(odd)} parameters ({count:,} elements) stay whole: none of their dims divides by mesh.fsdp={sizes['fsdp']}")
+    split = [p for p in jax.tree.leaves(program.spec.placements, is_leaf=dataclasses.is_dataclass) if p.tensor_dim is None and math.prod(p.shape) > 1e6]
+    if sizes["tensor"] > 1 and split:
+        shapes = ", ".join(str(p.shape) for p in split)
+        said.append(f"not split over mesh.tensor={sizes['tensor']} (no dim that may be divides): {shapes}")
+    return said
+
+
+def _loss_scale(run: RunConfig) -> LossScaleConfig | None:
+    return run.loss_scale if run.dtype.compute == "float16" else None

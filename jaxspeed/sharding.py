@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where each array lives: the ZeRO stages as a table, and how a forward pass gets its parameters.
+
+A parameter's logical dims and shape give a `Placement`: at most one dim over `tensor`, at most one
+over `fsdp`. The stage says which *kinds* of array use the latter (`SHARDED`). A parameter enters
+the forward pass as a `Weight`, which knows how to become whole where it is needed and where its
+gradient goes. No other module knows what a stage is. ADR 0001.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
+
+from jaxspeed.ambient import current
+from jaxspeed.config import ZeroConfig
+from jaxspeed.types import PyTree
+
+
+SHARDED: Mapping[int, frozenset[str]] = {
+    0: frozenset(),
+    1: frozenset({"master"}),
+    2: frozenset({"master", "gradient"}),
+    3: frozenset({"master", "gradient", "compute"}),
+}
+"""ZeRO stage -> the kinds of array that are sharded over `fsdp`.
+
+master: fp32 parameters and optimizer state. gradient: the accumulator, so it is reduced every
+micro-step, as soon as a layer's gradient exists. compute: the copy that the forward and backward
+pass read, gathered layer by layer.
+"""
+
+TENSOR_DIMS = frozenset({"heads", "kv_heads", "mlp", "vocab"})
+"""Logical dims that the `tensor` axis splits."""
+
+WEIGHT_NAME = "weight"
+"""The checkpoint name of materialised weights: never kept for the backward pass."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where one parameter and its kin live. Dims are counted from the end, so that a layer's slice of a stacked parameter has the same placement."""
+
+    shape: tuple[int, ...]
+    dims: tuple[str | None, ...]
+    tensor_dim: int | None
+    """Negative index of the dim over `tensor`."""
+    zero_dim: int | None
+    """Negative index of the dim over `fsdp`, for the kinds in `sharded`."""
+    sharded: frozenset[str]
+    """Kinds of array that use `zero_dim`."""
+
+    @property
+    def stacked(self) -> bool:
+        """Whether the leading dim counts layers."""
+        return bool(self.dims) and self.dims[0] == "layers"
+
+    def spec(self, kind: str, *, manual_only: bool = False) -> P:
+        """Returns the partition of an array of this kind (master, gradient or compute).
+
+        Args:
+            kind: one of the kinds in `SHARDED`.
+            manual_only: leave `tensor` out, as the specs of a shard_map over the ZeRO axes must.
+        """
+        axes: list[str | None] = [None] * len(self.shape)
+        if self.tensor_dim is not None and not manual_only:
+            axes[self.tensor_dim] = "tensor"
+        if self.zero_dim is not None and kind in self.sharded:
+            axes[self.zero_dim] = "fsdp"
+        return P(*axes)
+
+    def tensor_spec(self, ndim: int) -> P:
+        """Returns the partition over `tensor` of this parameter or of one layer's slice of it."""
+        axes: list[str | None] = [None] * ndim
+        if self.tensor_dim is not None:
+            axes[self.tensor_dim] = "tensor"
+        return P(*axes)
+
+
+def place(shape: tuple[int, ...], dims: tuple[str | None, ...] | None, sizes: Mapping[str, int], zero: ZeroConfig) -> Placement:
+    """Returns where a parameter lives.
+
+    The dim over `fsdp` is the largest one that divides, other than `layers` (which a scan
+    slices) and the `tensor` dim. A parameter without such a dim is replicated, at every stage.
+
+    Args:
+        shape: of the whole parameter.
+        dims: its logical dims; None for a parameter that has no names.
+        sizes: of the mesh axes.
+        zero: stage and persistence threshold.
+    """
+    dims = dims or (None,) * len(shape)
+    assert len(dims) == len(shape), (dims, shape)
+    free = [i for i, name in enumerate(dims) if name != "layers"]
+    tensor = next((i for i in free if dims[i] in TENSOR_DIMS and shape[i] % sizes["tensor"] == 0), None) if sizes["tensor"] > 1 else None
+    whole = [i for i in free if i != tensor and shape[i] % sizes["fsdp"] == 0]
+    best = max(whole, key=lambda i: shape[i], default=None) if sizes["fsdp"] > 1 else None
+    sharded = SHARDED[zero.stage]
+    if math.prod(shape[i] for i in free) < zero.param_persistence_threshold:
+        sharded -= {"compute"}
+    negative = lambda i: None if i is None else i - len(shape)  # noqa: E731
+    return Placement(shape, dims, negative(tensor), negative(best), sharded)
+
+
+def place_all(params: PyTree, dims: PyTree, sizes: Mapping[str, int], zero: ZeroConfig) -> PyTree:
+    """Returns a tree of `Placement`s for a tree of (abstract) parameters."""
+    return jax.tree.map(lambda p, d: place(p.shape, d, sizes, zero), params, dims, is_leaf=lambda x: x is None)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Weight:
+    """A parameter on its way into the forward pass, on one device of the ZeRO axes.
+
+    `copy` is what the stage keeps of it for computing (whole, or this device's shard). `slot` has
+    the shape and dtype of its gradient as it leaves the layer (whole and not yet reduced, or
+    reduced to this device's shard). The slot's value is never read: differentiating with respect
+    to it is how a float32 gradient comes out of a bfloat16 copy, reduced on the spot.
+    """
+
+    copy: Array
+    slot: Array | None
+    placement: Placement = dataclasses.field(metadata={"static": True})
+    reduce_dtype: Any = dataclasses.field(metadata={"static": True})
+
+    def materialise(self) -> Float[Array, "..."]:
+        """Returns the whole parameter (up to `tensor`), as float32 whose value is the compute copy's.
+
+        The dtype carries the gradient, not memory: the products cast back to the compute dtype,
+        and the compiler drops the pair of casts.
+        """
+        plan = _Plan(
+            gather=self.placement.zero_dim if "compute" in self.placement.sharded else None,
+            scatter=self.placement.zero_dim if "gradient" in self.placement.sharded else None,
+            spec=self.placement.tensor_spec(self.copy.ndim),
+            compute=current().compute,
+            reduce_dtype=self.reduce_dtype,
+            constrain=current().tensor > 1,
+            ndim=self.copy.ndim,
+        )
+        slot = jnp.zeros((), jnp.float32) if self.slot is None else self.slot
+        return checkpoint_name(_materialise(plan, self.copy, slot), WEIGHT_NAME)
+
+
+def materialise(weight: Any) -> Any:
+    """Returns the array of a `Weight`; anything else is returned as it is."""
+    return weight.materialise() if isinstance(weight, Weight) else weight
+
+
+def is_weight(x: Any) -> bool:
+    """Whether x is a `Weight`, for `is_leaf`."""
+    return isinstance(x, Weight)
+
+
+def is_placement(x: Any) -> bool:
+    """Whether x is a `Placement`, for `is_leaf`."""
+    return isinstance(x, Placement)
+
+
+def shard(x: Array, *dims: str | None) -> Array:
+    """Constrains an activation: logical dims in `TENSOR_DIMS` go over `tensor`, the rest are whole.
+
+    The batch is split outside (the ZeRO axes are manual), so `batch` and `seq` say nothing here yet.
+    """
+    settings = current()
+    if settings.tensor == 1:
+        return x
+    axes = ["tensor" if d in TENSOR_DIMS and n % settings.tensor == 0 else None for d, n in zip(dims, x.shape, strict=True)]
+    return jax.lax.with_sharding_constraint(x, P(*axes))
+
+
+@dataclass(frozen=True)
+class _Plan:
+    gather: int | None
+    scatter: int | None
+    spec: P
+    compute: Any
+    reduce_dtype: Any
+    constrain: bool
+    ndim: int
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _materialise(plan: _Plan, copy: Array, slot: Array) -> Array:
+    del slot
+    return _whole(plan, copy)
+
+
+def _whole(plan: _Plan, copy: Array) -> Array:
+    whole = copy
+    if plan.gather is not None:
+        whole = jax.lax.all_gather(copy.astype(plan.compute), "fsdp", axis=plan.gather % plan.ndim, tiled=True)
+    if plan.constrain:
+        whole = jax.lax.with_sharding_constraint(whole, plan.spec)
+    return whole.astype(jnp.float32)
+
+
+def _materialise_fwd(plan: _Plan, copy: Array, slot: Array) -> tuple[Array, None]:
+    # Not _materialise: a nested custom_vjp call would be kept by rematerialisation policies.
+    return _whole(plan, copy), None
+
+
+def _materialise_bwd(plan: _Plan, _: None, gradient: Array) -> tuple[None, Array]:
+    if plan.constrain:
+        gradient = jax.lax.with_sharding_constraint(gradient, plan.spec)
+    if plan.scatter is not None:
+        gradient = reduce_scatter(gradient, plan.scatter % plan.ndim, plan.reduce_dtype)
+    return None, gradient
+
+
+_materialise.defvjp(_materialise_fwd, _materialise_bwd)
+
+
+def reduce_scatter(gradient: Array, dim: int, dtype: Any) -> Array:
+    """Returns this device's shard, along `dim`, of the sum over `fsdp`, sent as `dtype`."""
+    return jax.lax.psum_scatter(gradient.astype(dtype), "fsdp", scatter_dimension=dim, tiled=True).astype(jnp.float32)

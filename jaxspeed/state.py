@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The train state: one nested dict, abstract first, then made straight into its shards.
+
+`{"params", "opt", "step", "skipped", "key", "loss_scale"}`. Nothing unsharded ever exists: shapes
+come from `eval_shape`, placements from shapes, and one jitted function with out_shardings makes
+the arrays.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+
+from jaxspeed.config import LossScaleConfig
+from jaxspeed.loss_scale import init_loss_scale
+from jaxspeed.optim import map_like_params
+from jaxspeed.sharding import Placement
+from jaxspeed.types import Params, PyTree
+
+
+def make_init(
+    make_params: Callable[[jax.Array], Params], tx: optax.GradientTransformation, loss_scale: LossScaleConfig | None
+) -> Callable[[jax.Array], PyTree]:
+    """Returns `key -> state`; to be jitted with out_shardings, never called eagerly on a large model."""
+
+    def init(key: jax.Array) -> PyTree:
+        init_key, step_key = jax.random.split(key)
+        params = make_params(init_key)
+        return {
+            "params": params,
+            "opt": tx.init(params),
+            "step": jnp.zeros((), jnp.int32),
+            "skipped": jnp.zeros((), jnp.int32),
+            "key": step_key,
+            "loss_scale": init_loss_scale(loss_scale) if loss_scale else (),
+        }
+
+    return init
+
+
+def state_shardings(abstract: PyTree, placements: PyTree, mesh: Mesh) -> PyTree:
+    """Returns a NamedSharding for every leaf of the state: masters and their optimizer moments by placement, scalars whole."""
+    whole = NamedSharding(mesh, P())
+    params = jax.tree.map(
+        lambda place: NamedSharding(mesh, place.spec("master")), placements, is_leaf=lambda x: isinstance(x, Placement)
+    )
+    shardings = {name: jax.tree.map(lambda _: whole, part) for name, part in abstract.items() if name not in ("params", "opt")}
+    opt = map_like_params(abstract["opt"], abstract["params"], params, whole)
+    return {**shardings, "params": params, "opt": opt}
+
+
+def with_shardings(abstract: PyTree, shardings: PyTree) -> PyTree:
+    """Returns the abstract state with its shardings, as checkpoints and ahead-of-time compilation want it."""
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
+
+
+def bytes_per_device(abstract: Any) -> int:
+    """Returns the bytes that a tree of sharded abstract (or real) arrays takes on one device."""
+    total = 0
+    for leaf in jax.tree.leaves(abstract):
+        shape = leaf.sharding.shard_shape(leaf.shape)
+        dtype = jax.random.key_data(jax.random.key(0)).dtype if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf.dtype
+        items = 1
+        for n in shape:
+            items *= n
+        total += items * dtype.itemsize
+    return total

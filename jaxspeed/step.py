@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The train step: one pure function for every ZeRO stage, mesh, precision and accumulation.
+
+The gradient part is a `shard_map` over the ZeRO axes, so each collective is written, not hoped
+for: parameters become whole through `Weight`s, gradients leave reduced or are reduced once after
+the last micro-step. The update part is written as if on one device; its arrays are sharded the
+same way, so the compiler adds nothing but scalar sums (for element-wise optimizers). ADR 0001.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, PartitionSpec as P
+
+from jaxspeed.ambient import Ambient, ambient
+from jaxspeed.config import BATCH_AXES, LossScaleConfig
+from jaxspeed.loss_scale import update_loss_scale
+from jaxspeed.nn import merge
+from jaxspeed.optim import update_count
+from jaxspeed.sharding import Placement, Weight, is_placement, is_weight, reduce_scatter
+from jaxspeed.types import Batch, LossFn, Params, PyTree, Sums
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StepSpec:
+    """Everything static that a step depends on."""
+
+    graphdef: Any
+    """The model without its parameters."""
+    placements: PyTree
+    """A `Placement` per parameter."""
+    mesh: Mesh
+    """With the axes of `config.MESH_AXES`."""
+    settings: Ambient
+    """Precision, kernels and rematerialisation for the trace."""
+    loss_fn: LossFn
+    """What to minimise."""
+    reduce_dtype: Any
+    """Dtype of gradients on the wire."""
+    seed_scale: float
+    """Gradients are taken of loss * seed_scale (a power of two), to stay in float16's range where sums of losses would not."""
+    dropout: bool
+    """Whether the forward pass draws dropout masks in training."""
+
+
+GradFn = Callable[[Params, Batch, jax.Array, jax.Array], tuple[PyTree, Sums]]
+
+
+def make_grad_fn(spec: StepSpec) -> GradFn:
+    """Returns `(params, batch, loss_scale, key) -> (gradients, sums)`, in the global view.
+
+    Batch leaves are (A, B, T): micro-steps, then sequences over the batch axes. Gradients are of
+    the summed loss times loss_scale * seed_scale, and lie where the master parameters lie. The
+    sums are per micro-step, (A,).
+    """
+    def local(params: Params, batch: Batch, loss_scale: jax.Array, key: jax.Array) -> tuple[PyTree, Sums]:
+        frozen = compute_weights(spec, params)
+        device_key = jax.random.fold_in(key, jax.lax.axis_index(BATCH_AXES))
+
+        def micro_step(total: PyTree, xs: tuple[Batch, jax.Array]) -> tuple[PyTree, Sums]:
+            micro_batch, index = xs
+            dropout_key = jax.random.fold_in(device_key, index) if spec.dropout else None
+
+            def scaled_loss(slots: PyTree) -> tuple[jax.Array, Sums]:
+                weights = jax.tree.map(lambda w, slot: dataclasses.replace(w, slot=slot), frozen, slots, is_leaf=is_weight)
+                with ambient(spec.settings, dropout_key=dropout_key):
+                    sums = Sums(*spec.loss_fn(merge(spec.graphdef, weights), micro_batch))
+                return sums.total * (loss_scale * spec.seed_scale), sums
+
+            gradients, sums = jax.grad(scaled_loss, has_aux=True)(slots)
+            return jax.tree.map(jnp.add, total, gradients), sums
+
+        slots = jax.tree.map(lambda p, place: _slot(p, place, spec.mesh), params, spec.placements)
+        steps = jnp.arange(jax.tree.leaves(batch)[0].shape[0])
+        gradients, sums = jax.lax.scan(micro_step, slots, (dict(batch), steps))
+        gradients = jax.tree.map(lambda g, place: _final_reduction(g, place, spec), gradients, spec.placements)
+        return gradients, jax.tree.map(lambda x: jax.lax.psum(x, BATCH_AXES), sums)
+
+    masters = jax.tree.map(lambda place: place.spec("master", manual_only=True), spec.placements, is_leaf=is_placement)
+    return jax.shard_map(
+        local,
+        mesh=spec.mesh,
+        in_specs=(masters, P(None, BATCH_AXES), P(), P()),
+        out_specs=(masters, P()),
+        axis_names=set(BATCH_AXES),
+        check_vma=False,
+    )
+
+
+def make_eval_fn(spec: StepSpec) -> Callable[[Params, Batch], Sums]:
+    """Returns `(params, batch) -> sums` without gradients or dropout; batch leaves are (B, T)."""
+    def local(params: Params, batch: Batch) -> Sums:
+        with ambient(spec.settings):
+            sums = Sums(*spec.loss_fn(merge(spec.graphdef, compute_weights(spec, params)), batch))
+        return jax.tree.map(lambda x: jax.lax.psum(x, BATCH_AXES), sums)
+
+    masters = jax.tree.map(lambda place: place.spec("master", manual_only=True), spec.placements, is_leaf=is_placement)
+    return jax.shard_map(
+        local, mesh=spec.mesh, in_specs=(masters, P(BATCH_AXES)), out_specs=P(), axis_names=set(BATCH_AXES), check_vma=False
+    )
+
+
+def make_train_step(
+    spec: StepSpec,
+    tx: optax.GradientTransformationExtraArgs,
+    schedule: optax.Schedule,
+    *,
+    clip_norm: float,
+    loss_scale: LossScaleConfig | None,
+) -> Callable[[PyTree, Batch], tuple[PyTree, dict[str, jax.Array]]]:
+    """Returns the pure step `(state, batch) -> (state, metrics)`, to be jitted with the state donated.
+
+    A step whose gradients are not finite changes nothing but the step number, the count of
+    skipped steps and the loss scale.
+
+    Args:
+        spec: the static part.
+        tx: the optimizer, with schedule and decay, without clipping; its update takes `finite`.
+        schedule: its learning rate, for the metrics.
+        clip_norm: global gradient norm above which gradients are scaled down; 0 is off.
+        loss_scale: float16's dynamic scaling, None in other dtypes.
+    """
+    grad_fn = make_grad_fn(spec)
+
+    def step(state: PyTree, batch: Batch) -> tuple[PyTree, dict[str, jax.Array]]:
+        params, opt = state["params"], state["opt"]
+        scale = state["loss_scale"].scale if loss_scale else jnp.ones((), jnp.float32)
+        key = jax.random.fold_in(state["key"], state["step"])
+        gradients, sums = grad_fn(params, batch, scale, key)
+
+        total, count = jnp.sum(sums.total), jnp.maximum(jnp.sum(sums.count), 1.0)
+        divisor = scale * spec.seed_scale * count
+        norm = optax.global_norm(gradients) / divisor
+        finite = jnp.isfinite(norm) & jnp.isfinite(total)
+        clipped = jnp.minimum(norm, clip_norm) if clip_norm else norm
+        factor = jnp.where(norm > clipped, clipped / (norm + 1e-6), 1.0) / divisor
+        gradients = jax.tree.map(lambda g: g * factor, gradients)
+
+        updates, new_opt = tx.update(gradients, opt, params, finite=finite)
+        new_state = {
+            **state,
+            "params": optax.apply_updates(params, updates),
+            "opt": new_opt,
+            "step": state["step"] + 1,
+            "skipped": state["skipped"] + jnp.where(finite, 0, 1),
+        }
+        metrics = {
+            "train/loss": total / count,
+            "train/micro_losses": sums.total / jnp.maximum(sums.count, 1.0),
+            "train/grad_norm": norm,
+            "train/grad_norm_clipped": clipped,
+            "train/lr": schedule(update_count(opt)),
+            "train/skipped": new_state["skipped"],
+            "train/tokens": jnp.sum(sums.count),
+        }
+        if loss_scale:
+            new_state["loss_scale"] = update_loss_scale(loss_scale, state["loss_scale"], finite)
+            metrics |= {"train/loss_scale": scale, "train/scale_exhausted": new_state["loss_scale"].exhausted}
+        return new_state, metrics
+
+    return step
+
+
+def compute_weights(spec: StepSpec, params: Params) -> PyTree:
+    """Returns the parameters as `Weight`s without gradient slots, from inside a shard_map over the ZeRO axes."""
+    return jax.tree.map(
+        lambda p, place: Weight(_compute_copy(p, place, spec), None, place, spec.reduce_dtype), params, spec.placements
+    )
+
+
+def _compute_copy(master: jax.Array, place: Placement, spec: StepSpec) -> jax.Array:
+    """Returns what the stage keeps of a parameter for this step's forward and backward passes.
+
+    Where it needs a gather now, the shard is cast first (half the bytes). Where the master is
+    whole already it is used as it is and cast at each use, so that no second copy exists.
+    """
+    if place.zero_dim is None or "master" not in place.sharded or "compute" in place.sharded:
+        return master
+    dim = place.zero_dim % master.ndim
+    return jax.lax.all_gather(master.astype(spec.settings.compute), "fsdp", axis=dim, tiled=True)
+
+
+def _slot(master: jax.Array, place: Placement, mesh: Mesh) -> jax.Array:
+    """Returns zeros of the shape in which a parameter's gradient is accumulated."""
+    shape = list(master.shape)
+    if place.zero_dim is not None and "master" in place.sharded and "gradient" not in place.sharded:
+        shape[place.zero_dim] *= mesh.shape["fsdp"]
+    zeros = jnp.zeros(shape, jnp.float32)
+    return jax.lax.with_sharding_constraint(zeros, place.tensor_spec(len(shape))) if mesh.shape["tensor"] > 1 else zeros
+
+
+def _final_reduction(gradient: jax.Array, place: Placement, spec: StepSpec) -> jax.Array:
+    """Sums an accumulated gradient over what it has not been summed over yet, and leaves the master's shard."""
+    if place.zero_dim is None or "master" not in place.sharded:
+        return jax.lax.psum(gradient.astype(spec.reduce_dtype), BATCH_AXES).astype(jnp.float32)
+    if "gradient" not in place.sharded:
+        gradient = reduce_scatter(gradient, place.zero_dim % gradient.ndim, spec.reduce_dtype)
+    if spec.mesh.shape["data"] > 1:
+        gradient = jax.lax.psum(gradient.astype(spec.reduce_dtype), "data").astype(jnp.float32)
+    return gradient

@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""GPT-2 (Radford et al. 2019), as Hugging Face's GPT2LMHeadModel.
+
+Learned positions, pre-layer-norm blocks, biases everywhere, tanh GELU, tied embeddings. Differs:
+query, key and value are three parameters, not one; dropout is one rate.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from jaxspeed import ops
+from jaxspeed.nn import Layers, param
+from jaxspeed.sharding import shard
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Sizes of a GPT-2."""
+
+    vocab_size: int = 50_257
+    """Rows of the embedding (V)."""
+    max_seq_len: int = 1024
+    """Learned positions."""
+    num_layers: int = 12
+    """Blocks (L)."""
+    num_heads: int = 12
+    """Attention heads (N); head_dim is d_model / num_heads."""
+    d_model: int = 768
+    """Width of the residual stream (D)."""
+    d_ff: int = 0
+    """Width of the MLP (F); 0 means 4 * d_model."""
+    dropout: float = 0.0
+    """Share dropped after embedding, attention and MLP."""
+    norm_eps: float = 1e-5
+    """Added to the variance in layer norms."""
+
+    def __post_init__(self) -> None:
+        """Checks that heads divide the width."""
+        if self.d_model % self.num_heads:
+            raise ValueError(
+                f"model.d_model={self.d_model} does not divide by model.num_heads={self.num_heads}; "
+                f"nearest legal: {self.d_model // self.num_heads * self.num_heads or self.num_heads}"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one head (H)."""
+        return self.d_model // self.num_heads
+
+    @property
+    def ff(self) -> int:
+        """Width of the MLP (F), resolved."""
+        return self.d_ff or 4 * self.d_model
+
+    def build(self, rngs: nnx.Rngs) -> "GPT2":
+        """Returns a new model."""
+        return GPT2(self, rngs)
+
+    def num_params(self) -> int:
+        """Returns the number of parameters."""
+        D, F = self.d_model, self.ff
+        block = 4 * D * D + 4 * D + 2 * D * F + F + D + 4 * D
+        return (self.vocab_size + self.max_seq_len) * D + self.num_layers * block + 2 * D
+
+    def flops_per_token(self, seq_len: int) -> float:
+        """Returns model FLOPs of forward and backward for one token, attention counted causally."""
+        D, F = self.d_model, self.ff
+        matmul = self.num_layers * (4 * D * D + 2 * D * F) + self.vocab_size * D
+        return 6.0 * matmul + 6.0 * self.num_layers * seq_len * D
+
+
+SMALL = Config()
+MEDIUM = Config(num_layers=24, num_heads=16, d_model=1024)
+LARGE = Config(num_layers=36, num_heads=20, d_model=1280)
+XL = Config(num_layers=48, num_heads=25, d_model=1600)
+
+NORMAL = jax.nn.initializers.normal(0.02)
+ZEROS = jax.nn.initializers.zeros
+ONES = jax.nn.initializers.ones
+
+
+class LayerNorm(nnx.Module):
+    """Layer norm with scale and bias."""
+
+    def __init__(self, cfg: Config, rngs: nnx.Rngs) -> None:
+        self.eps = cfg.norm_eps
+        self.scale = param(ONES, rngs, (cfg.d_model,), ("embed",))
+        self.bias = param(ZEROS, rngs, (cfg.d_model,), ("embed",))
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        return ops.layer_norm(x, self.scale[...], self.bias[...], eps=self.eps)
+
+
+class Attention(nnx.Module):
+    """Multi-head causal self-attention."""
+
+    def __init__(self, cfg: Config, rngs: nnx.Rngs) -> None:
+        D, N, H = cfg.d_model, cfg.num_heads, cfg.head_dim
+        residual = jax.nn.initializers.normal(0.02 / (2 * cfg.num_layers) ** 0.5)
+        self.wq = param(NORMAL, rngs, (D, N, H), ("embed", "heads", "head_dim"))
+        self.wk = param(NORMAL, rngs, (D, N, H), ("embed", "heads", "head_dim"))
+        self.wv = param(NORMAL, rngs, (D, N, H), ("embed", "heads", "head_dim"))
+        self.wo = param(residual, rngs, (N, H, D), ("heads", "head_dim", "embed"))
+        self.bq = param(ZEROS, rngs, (N, H), ("heads", "head_dim"))
+        self.bk = param(ZEROS, rngs, (N, H), ("heads", "head_dim"))
+        self.bv = param(ZEROS, rngs, (N, H), ("heads", "head_dim"))
+        self.bo = param(ZEROS, rngs, (D,), ("embed",))
+
+    def __call__(self, x: Float[Array, "B T D"], segment_ids: Int[Array, "B T"] | None) -> Float[Array, "B T D"]:
+        heads = ("batch", "seq", "heads", "head_dim")
+        q = shard(ops.linear(x, self.wq[...], self.bq[...]), *heads)
+        k = shard(ops.linear(x, self.wk[...], self.bk[...]), *heads)
+        v = shard(ops.linear(x, self.wv[...], self.bv[...]), *heads)
+        attended = shard(ops.attention(q, k, v, segment_ids), *heads)
+        return ops.linear(attended, self.wo[...], self.bo[...], contract=2)
+
+
+class MLP(nnx.Module):
+    """Two products with a GELU between."""
+
+    def __init__(self, cfg: Config, rngs: nnx.Rngs) -> None:
+        D, F = cfg.d_model, cfg.ff
+        residual = jax.nn.initializers.normal(0.02 / (2 * cfg.num_layers) ** 0.5)
+        self.w_up = param(NORMAL, rngs, (D, F), ("embed", "mlp"))
+        self.b_up = param(ZEROS, rngs, (F,), ("mlp",))
+        self.w_down = param(residual, rngs, (F, D), ("mlp", "embed"))
+        self.b_down = param(ZEROS, rngs, (D,), ("embed",))
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        up = shard(ops.linear(x, self.w_up[...], self.b_up[...]), "batch", "seq", "mlp")
+        return ops.linear(ops.gelu(up), self.w_down[...], self.b_down[...])
+
+
+class Block(nnx.Module):
+    """Attention and MLP, each behind a norm and around a residual."""
+
+    def __init__(self, cfg: Config, rngs: nnx.Rngs) -> None:
+        self.dropout = cfg.dropout
+        self.attn_norm = LayerNorm(cfg, rngs)
+        self.attn = Attention(cfg, rngs)
+        self.mlp_norm = LayerNorm(cfg, rngs)
+        self.mlp = MLP(cfg, rngs)
+
+    def __call__(self, x: Float[Array, "B T D"], segment_ids: Int[Array, "B T"] | None) -> Float[Array, "B T D"]:
+        x = shard(x, "batch", "seq", "embed")
+        x = x + ops.dropout(self.attn(self.attn_norm(x), segment_ids), self.dropout, site=0)
+        return x + ops.dropout(self.mlp(self.mlp_norm(x)), self.dropout, site=1)
+
+
+class GPT2(nnx.Module):
+    """The decoder. `hidden` and `output_embedding` make it a `jaxspeed.types.CausalLM`."""
+
+    def __init__(self, cfg: Config, rngs: nnx.Rngs) -> None:
+        self.dropout = cfg.dropout
+        self.embed = param(NORMAL, rngs, (cfg.vocab_size, cfg.d_model), ("vocab", "embed"))
+        self.positions = param(jax.nn.initializers.normal(0.01), rngs, (cfg.max_seq_len, cfg.d_model), ("seq", "embed"))
+        self.layers = Layers(lambda rngs: Block(cfg, rngs), cfg.num_layers, rngs)
+        self.final_norm = LayerNorm(cfg, rngs)
+
+    def hidden(
+        self,
+        inputs: Int[Array, "B T"],
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T D"]:
+        """Returns the normalised last hidden states."""
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(inputs.shape[1]), inputs.shape)
+        x = ops.embed(self.embed[...], inputs) + ops.embed(self.positions[...], positions)
+        x = ops.dropout(x, self.dropout, site=2)
+        return self.final_norm(self.layers(x, segment_ids))
+
+    def output_embedding(self) -> Float[Array, "V D"]:
+        """Returns the input embedding: it is tied."""
+        return self.embed[...]
+
+    def __call__(
+        self,
+        inputs: Int[Array, "B T"],
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T V"]:
+        """Returns the logits."""
+        return ops.linear(self.hidden(inputs, positions, segment_ids), self.output_embedding().T)
