@@ -20,6 +20,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -83,7 +84,7 @@ def load_deepspeed_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     content = None if os.path.exists(name) else _from_base64(name)
     if content is None:
         content = _read_text(Path(name))
-    where = _show(name)
+    where = _show_path(name)
     if not content.strip():
         raise ConfigError(f"deepspeed={where}: the file is empty; put a JSON object in")
     try:
@@ -100,9 +101,9 @@ def load_deepspeed_json(path: str | os.PathLike[str]) -> dict[str, Any]:
 def explain(ds: Mapping[str, Any]) -> list[Answer]:
     """Returns an answer for each key that is not a section, in the order of the JSON.
 
-    Then follow DeepSpeed's defaults that the JSON leaves unsaid. An illegal value is
-    answered as refused. Keys of one recipe and another are answered alike, but where
-    the JSON has no optimizer or dtype, `apply_deepspeed` knows those of the recipe.
+    DeepSpeed's defaults that the JSON leaves unsaid follow. An illegal value is answered
+    as refused. Where an answer depends on the recipe (a JSON with OneCycle and without
+    an optimizer, say), it is that of a recipe with AdamW; `apply_deepspeed` knows it.
 
     Raises:
         ConfigError: `ds` is not a mapping.
@@ -147,11 +148,11 @@ def answers_table(answers: list[Answer]) -> Table:
     caption = ", ".join(f"{n} {s.replace('_', ' ')}" for s, n in counts.items() if n)
     table = Table("DeepSpeed", "", "jaxspeed", caption=caption, caption_justify="left")
     for answer in answers:
-        text = f"{answer.to} ({answer.why})" if answer.to and answer.why else ""
+        both = f"{answer.to} ({answer.why})" if answer.to and answer.why else ""
         table.add_row(
             Text(answer.key, overflow="fold"),
             Text(answer.status.replace("_", " "), _COLOURS[answer.status]),
-            Text(text or answer.to or answer.why, overflow="fold"),
+            Text(both or answer.to or answer.why, overflow="fold"),
         )
     return table
 
@@ -190,11 +191,11 @@ class _Reading:
         self.answers.append(Answer(key, status, to, why))
         self.values[key] = value
 
-    def refuse(self, key: str, why: str) -> None:
+    def change(self, key: str, status: Status, why: str, *, to: str = "") -> None:
         """Replaces the answer to a key that is in the JSON."""
         for index, answer in enumerate(self.answers):
             if answer.key == key:
-                self.answers[index] = Answer(key, "refused", "", why)
+                self.answers[index] = Answer(key, status, to, why)
 
     def assign(self, key: str, fields: Mapping[str, Any], why: str, value: Any) -> None:
         """Sets our fields, unless another key has given one of them another value."""
@@ -357,10 +358,10 @@ def _answer_in_state(
 def _keep(r: _Reading, rule: Rule, key: str) -> None:
     """Answers "auto": Hugging Face's Trainer would put its own argument there."""
     r.kept.update(rule.fields)
-    who = "Hugging Face's Trainer fills auto in; "
-    names = " and ".join(rule.fields)
-    stays = f"{names} stays as the recipe has it" if names else "here it is off"
-    r.add(key, "not_needed", "", who + stays, "auto")
+    why = f"auto, for Hugging Face's Trainer; the recipe gives {' and '.join(rule.fields)}"
+    if not rule.fields:
+        why = rule.why if rule.status == "not_needed" else "auto is off"
+    r.add(key, "not_needed", "", why, "auto")
 
 
 def _choose(r: _Reading, choice: Choice, name: str, value: Any) -> None:
@@ -380,9 +381,12 @@ def _choose(r: _Reading, choice: Choice, name: str, value: Any) -> None:
         _walk(r, keys | dict(choice.extra), value, name, state)
         return
     option = _adjust(r, kind, choice.options[kind], params)
-    sets = {f"{choice.part}.name": option.name, **option.sets}
+    sets = {f"{choice.part}.name": option.name, **option.sets, **choice.sets}
+    values = list(sets.values())
     keys = {
-        "type": maps(" ".join(sets), becomes(list(sets.values()), text)),
+        "type": maps(
+            " ".join(sets), becomes(values if len(sets) > 1 else values[0], text)
+        ),
         "params": Section(option.params),
     }
     r.parts.add(choice.part)
@@ -489,13 +493,21 @@ def _settle_dtype(r: _Reading) -> None:
     wire = sent.get(f"{r.ds.get('communication_data_type')}".lower())
     if wire and compute and wire != compute:
         why = f"gradients travel as float32 or in the compute dtype, {compute}"
-        r.refuse("communication_data_type", why + "; use fp32")
+        r.change("communication_data_type", "refused", why + "; use fp32")
+    for name, (value, key) in list(r.fields.items()):
+        if name.startswith("loss_scale.") and compute is None:
+            why = "where the recipe computes in float16"
+            r.change(key, "mapped", why, to=f"{name} = {value}")
+        elif name.startswith("loss_scale.") and compute != "float16":
+            del r.fields[name]
+            r.change(key, "not_needed", f"{compute} needs no loss scale")
 
 
 def _settle_shards(r: _Reading) -> None:
     key = "zero_optimization.mics_shard_size"
     if "mesh.fsdp" in r.fields and r.get("zero.stage", 0) != 3:
-        r.refuse(key, "DeepSpeed does this at stage 3 only; set stage 3, or remove it")
+        why = "DeepSpeed does this at stage 3 only; set stage 3, or remove it"
+        r.change(key, "refused", why)
 
 
 def _settle_cycle(r: _Reading) -> None:
@@ -575,28 +587,21 @@ _DEFAULTS = {
 
 def _configure(run: RunConfig[Any], r: _Reading) -> RunConfig[Any]:
     fields = {name: value for name, (value, _) in r.fields.items()}
+    compute = fields.get("dtype.compute", run.dtype.compute)
     fresh = set(r.parts)
-    if fields.get("dtype.compute", run.dtype.compute) != "float16":
-        # A loss scale of the recipe would contradict the dtype.
+    if "dtype.compute" in fields or any(n.startswith("loss_scale.") for n in fields):
         fresh.add("loss_scale")
-        fields = {n: v for n, v in fields.items() if not n.startswith("loss_scale.")}
-    elif any(name.startswith("loss_scale.") for name in fields):
-        fresh.add("loss_scale")
-    kept = {n for n in r.kept if n.partition(".")[0] in fresh and n not in fields}
-    kept = {n for n in kept if n.partition(".")[0] != "loss_scale" or n in fields}
     groups: dict[str, dict[str, Any]] = {part: {} for part in fresh}
-    for name in kept:
-        part, _, leaf = name.partition(".")
-        groups[part][leaf] = getattr(getattr(run, part), leaf)
     top: dict[str, Any] = {}
-    for name, value in fields.items():
+    for name in {**dict.fromkeys(r.kept), **fields}:
         part, _, leaf = name.partition(".")
-        (groups.setdefault(part, {}) if leaf else top)[leaf or part] = value
+        if name in fields:
+            (groups.setdefault(part, {}) if leaf else top)[leaf or part] = fields[name]
+        elif part in fresh and (part != "loss_scale" or compute == "float16"):
+            groups[part][leaf] = getattr(getattr(run, part), leaf)
     for part, values in groups.items():
-        old = getattr(run, part)
-        top[part] = (
-            _DEFAULTS[part](**values) if part in fresh else replace(old, **values)
-        )
+        new = _DEFAULTS[part] if part in fresh else partial(replace, getattr(run, part))
+        top[part] = new(**values)
     return replace(run, **top | _batch(run, fields, r.kept))
 
 
@@ -634,11 +639,14 @@ def _object(ds: Any, where: str) -> Mapping[str, Any]:
 
 def _show(value: Any) -> str:
     """Returns a value as the JSON has it, on one line and cut to a readable length."""
-    words = {None: "null", True: "true", False: "false"}
     if value is None or isinstance(value, bool):
-        return words[value]
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+        return {None: "null", True: "true", False: "false"}[value]
+    shown = repr(value)
+    return shown if len(shown) <= 60 else shown[:57] + "..."
+
+
+def _show_path(path: str) -> str:
+    return repr(path) if len(path) <= 150 else repr("..." + path[-147:])
 
 
 def _lookup(node: Any, path: str) -> Any:
@@ -658,12 +666,8 @@ def _first_key(key: str, value: Any) -> str:
 
 def _among(value: Any, options: tuple[Any, ...]) -> bool:
     """Whether a value is one of the options; letters may be of either case."""
-    text = isinstance(value, str)
-    return any(
-        same(value, option)
-        or (text and isinstance(option, str) and value.lower() == option.lower())
-        for option in options
-    )
+    word = value.lower() if isinstance(value, str) else value
+    return any(same(word, option) for option in options)
 
 
 def _find(names: Mapping[str, Any], given: Any) -> str | None:
@@ -683,8 +687,8 @@ def _from_base64(name: str) -> str | None:
 
 
 def _read_text(path: Path) -> str:
-    where = _show(str(path))
-    if path.is_dir():
+    where = _show_path(str(path))
+    if os.path.isdir(path):
         raise ConfigError(f"deepspeed={where}: is a folder; give the file in it")
     try:
         content = path.read_text(encoding="utf-8-sig")
@@ -713,8 +717,8 @@ def _without_comments(content: str) -> str:
     """Returns plain JSON: DeepSpeed takes comments and commas before a bracket."""
 
     def blank(match: re.Match[str]) -> str:
-        text = match.group()
-        return text if text[0] == '"' else re.sub(r"[^\n]", " ", text)
+        found = match.group()
+        return found if found[0] == '"' else re.sub(r"[^\n]", " ", found)
 
     return _LAST_COMMA.sub(blank, _COMMENT.sub(blank, content))
 

@@ -9,7 +9,6 @@ are in `jaxspeed.deepspeed_rules`. Layer 2: standard library only.
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 from jaxspeed.deepspeed_rules import (
     AMOUNT,
@@ -56,6 +55,8 @@ GATHERED = "a layer is gathered where it is used, in an order fixed at compile t
 MODULES = "there are no module hooks: the step is one compiled function"
 ONE_BY_ONE = "its parts are answered one by one"
 ONE_PROGRAM = "the step is one compiled program"
+PERF = "perf/step_seconds and perf/tokens_per_second are always logged"
+RECOMPUTED = "layers are computed again in the backward pass"
 REPORT = "the report of a run lists the collectives of its step"
 SUMMED = "gradients are summed in float32 and divided once, by the number of tokens"
 WORKDIR = "they lie in the run directory (workdir)"
@@ -131,23 +132,21 @@ MUON = _adam("lr betas eps weight_decay max_grad_norm") | {
 }
 
 ADAM_DEFAULTS = {"lr": 1e-3, "betas": [0.9, 0.999]}
-ALL = {"optim.decay": "all"}
-"""DeepSpeed decays every parameter, biases and norms too."""
 
 OPTIMIZER = Choice(
     "optim",
     {
-        "Adam": Option("adamw", ADAM, ADAM_DEFAULTS, sets=ALL),
-        "AdamW": Option("adamw", ADAM, ADAM_DEFAULTS, sets=ALL),
-        "Lamb": Option("lamb", LAMB, ADAM_DEFAULTS, sets=ALL),
-        "Lion": Option("lion", LION, ADAM_DEFAULTS, sets=ALL),
-        "SGD": Option("sgd", SGD, {"lr": 1e-3, "momentum": 0.0}, sets=ALL),
-        "Adagrad": Option("adagrad", ADAGRAD, {"lr": 1e-2, "eps": 1e-10}, sets=ALL),
+        "Adam": Option("adamw", ADAM, ADAM_DEFAULTS),
+        "AdamW": Option("adamw", ADAM, ADAM_DEFAULTS),
+        "Lamb": Option("lamb", LAMB, ADAM_DEFAULTS),
+        "Lion": Option("lion", LION, ADAM_DEFAULTS),
+        "SGD": Option("sgd", SGD, {"lr": 1e-3, "momentum": 0.0}),
+        "Adagrad": Option("adagrad", ADAGRAD, {"lr": 1e-2, "eps": 1e-10}),
         "Muon": Option(
             "muon",
             MUON,
             {"betas": [0.9, 0.95], "eps": 1e-10, "momentum": 0.95},
-            sets={"optim.nesterov": True} | ALL,
+            sets={"optim.nesterov": True},
         ),
     },
     {
@@ -165,20 +164,18 @@ OPTIMIZER = Choice(
         "jaxspeed does not have it; use Adam, AdamW, SGD, Lamb, Lion, Adagrad or Muon",
     ),
     {"legacy_fusion": FUSED},
+    # Biases and norms too.
+    sets={"optim.decay": "all"},
 )
 
-RESUME: Mapping[str, Rule] = {
-    "last_batch_iteration": refuses(
-        whole(), -1, "the checkpoint says where a run goes on; remove it"
-    )
-}
+RESUME = refuses(whole(), -1, "the checkpoint says where a run goes on; remove it")
 
 PEAK = "schedules scale optim.lr"
 
 WARMUP: Mapping[str, Rule] = {
     "warmup_num_steps": maps("schedule.warmup_steps", warmup),
     "warmup_type": maps("schedule.warmup_shape", one_of("log", "linear")),
-    **RESUME,
+    "last_batch_iteration": RESUME,
 }
 
 WARMUP_LR: Mapping[str, Rule] = {
@@ -209,7 +206,7 @@ ONE_CYCLE: Mapping[str, Rule] = {
     "cycle_min_mom": maps("schedule.cycle_min_momentum", DECAY),
     "cycle_max_mom": maps("schedule.cycle_max_momentum", DECAY),
     "decay_mom_rate": maps("schedule.decay_momentum_rate", AMOUNT),
-    **RESUME,
+    "last_batch_iteration": RESUME,
 }
 
 LR_RANGE_TEST: Mapping[str, Rule] = {
@@ -217,7 +214,7 @@ LR_RANGE_TEST: Mapping[str, Rule] = {
     "lr_range_test_step_size": maps("schedule.range_step_size", COUNT),
     "lr_range_test_step_rate": maps("schedule.range_step_rate", AMOUNT),
     "lr_range_test_staircase": maps("schedule.range_staircase", flag),
-    **RESUME,
+    "last_batch_iteration": RESUME,
 }
 
 LONG = {"warmup_num_steps": 1000}
@@ -294,7 +291,7 @@ AUTOCAST = section(
     switch="enabled",
 )
 
-PRECISION: Mapping[str, Node] = {
+PRECISION: dict[str, Node] = {
     "fp16": FP16,
     "bf16 bfloat16": BF16,
     "torch_autocast": AUTOCAST,
@@ -404,15 +401,13 @@ ZERO = section(
     scalar=maps("zero.stage", named({True: 1, False: 0}), "deprecated: true is 1"),
 )
 
-REMAT = "layers are computed again in the backward pass"
-
 ACTIVATION_CHECKPOINTING = section(
     {
         "partition_activations": maps(
-            "remat", becomes("full", flag), REMAT, off=(False,)
+            "remat", becomes("full", flag), RECOMPUTED, off=(False,)
         ),
         "number_checkpoints": maps(
-            "remat", becomes("full", SIZE), REMAT, off=(None, 0)
+            "remat", becomes("full", SIZE), RECOMPUTED, off=(None, 0)
         ),
         "cpu_checkpointing": refuses(
             flag,
@@ -442,7 +437,7 @@ SPARSE_ATTENTION = must_be_off(
     on=True,
 )
 
-MEMORY: Mapping[str, Node] = {
+MEMORY: dict[str, Node] = {
     "zero_optimization": ZERO,
     "allgather_size": unneeded(SIZE, COLLECTIVES),
     "disable_allgather": unneeded(flag, COLLECTIVES),
@@ -488,7 +483,7 @@ TENSOR_PARALLEL = section(
     }
 )
 
-PARALLELISM: Mapping[str, Node] = {
+PARALLELISM: dict[str, Node] = {
     "tensor_parallel": TENSOR_PARALLEL,
     "sequence_parallel_size": refuses(
         COUNT,
@@ -621,7 +616,7 @@ COMPRESSION = section(
     }
 )
 
-DATA: Mapping[str, Node] = {
+DATA: dict[str, Node] = {
     "dataloader_drop_last": unneeded(flag, "documents are packed into full batches"),
     "data_efficiency": section(
         {
@@ -657,7 +652,7 @@ DATA: Mapping[str, Node] = {
 
 # Logs, measurements, running and saving.
 
-MONITORS: Mapping[str, Node] = {
+LOGS: dict[str, Node] = {
     "tensorboard csv_monitor": section(
         {
             "enabled": unneeded(flag, ALWAYS),
@@ -674,23 +669,10 @@ MONITORS: Mapping[str, Node] = {
     "dump_state": unneeded(flag, "the configuration is printed, and kept with a run"),
     "log_level": unneeded(text, "log levels are Python's"),
     "vocabulary_size": unneeded(SIZE, "of a warning only; see model.vocab_size"),
-}
-
-MEASUREMENTS: Mapping[str, Node] = {
-    "wall_clock_breakdown": unneeded(
-        flag, ONE_PROGRAM + "; perf/step_seconds is always logged"
-    ),
+    "wall_clock_breakdown": unneeded(flag, ONE_PROGRAM + "; " + PERF),
     "memory_breakdown": unneeded(flag, "the report of a run has the step's memory"),
     "timers": section(
-        {
-            "throughput": section(
-                {
-                    "enabled synchronized": unneeded(
-                        flag, "perf/tokens_per_second is always logged"
-                    )
-                }
-            )
-        }
+        {"throughput": section({"enabled synchronized": unneeded(flag, PERF)})}
     ),
     "comms_logger": section(
         {
@@ -751,7 +733,7 @@ CHECKPOINT = section(
     }
 )
 
-RUNNING: Mapping[str, Node] = {
+RUNNING: dict[str, Node] = {
     "graph_harvesting": unneeded(flag, COMPILED),
     "compile": COMPILE,
     "checkpoint": CHECKPOINT,
@@ -778,7 +760,7 @@ RUNNING: Mapping[str, Node] = {
     ),
 }
 
-UPDATES: Mapping[str, Node] = {
+UPDATES: dict[str, Node] = {
     "train_batch_size": maps("global_batch_size", COUNT, off=(None,)),
     "train_micro_batch_size_per_gpu": maps("micro_batch_size", COUNT, off=(None,)),
     "gradient_accumulation_steps": maps("accumulate", COUNT, off=(None,)),
@@ -805,15 +787,6 @@ UPDATES: Mapping[str, Node] = {
 }
 
 KEYS: Mapping[str, Node] = table(
-    {
-        **UPDATES,
-        **PRECISION,
-        **MEMORY,
-        **PARALLELISM,
-        **DATA,
-        **MONITORS,
-        **MEASUREMENTS,
-        **RUNNING,
-    }
+    UPDATES | PRECISION | MEMORY | PARALLELISM | DATA | LOGS | RUNNING
 )
 """The top level of the JSON."""

@@ -75,6 +75,8 @@ class Choice:
     """Types that jaxspeed does not have, with what to use instead."""
     extra: Mapping[str, Rule] = field(default_factory=dict)
     """Keys beside type and params."""
+    sets: Mapping[str, Any] = field(default_factory=dict)
+    """Fields that every type sets."""
 
 
 Node: TypeAlias = Rule | Section | Choice

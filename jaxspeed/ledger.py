@@ -25,19 +25,17 @@ import jax
 import numpy as np
 
 
-KINDS = (
-    "all-gather",
-    "reduce-scatter",
-    "all-reduce",
-    "all-to-all",
-    "ragged-all-to-all",
-    "collective-permute",
-    "collective-broadcast",
+KINDS = tuple(
+    "all-gather reduce-scatter all-reduce all-to-all ragged-all-to-all "
+    "collective-permute collective-broadcast".split()
 )
 """Every kind a ledger can hold, in the order of its table."""
 
 UNKNOWN_AXES = ("?",)
 """The axes of a collective whose device groups are no product of whole mesh axes."""
+
+Axes = Mapping[str, int]
+"""A mesh's axes and sizes, outermost first, as in `dict(mesh.shape)`."""
 
 AxisQuery = str | tuple[str, ...] | None
 """An axis name: every entry that spans it. A tuple: entries that span exactly these."""
@@ -128,15 +126,14 @@ class Ledger:
                 "elements": group.elements(),
                 "payload_bytes": group.total(),
                 "wire_bytes": group.wire(),
-                "async_wire_bytes": sum(
-                    e.wire_bytes * e.trips for e in group if e.is_async
-                ),
-                "sliced_payload_bytes": sum(
-                    e.payload_bytes * e.trips for e in group if e.sliced
-                ),
+                "async_wire_bytes": group._where("is_async").wire(),
+                "sliced_payload_bytes": group._where("sliced").total(),
             }
             for (kind, axes), group in self.by_kind_and_axis().items()
         ]
+
+    def _where(self, flag: str) -> "Ledger":
+        return Ledger(tuple(e for e in self if getattr(e, flag)))
 
     def to_json(self) -> str:
         """Returns a JSON object: `rows` (the table) and `entries` (each collective)."""
@@ -175,7 +172,7 @@ class Ledger:
 
 def read_ledger(
     program: jax.stages.Compiled | str,
-    axes: Mapping[str, int],
+    axes: Axes,
     *,
     unknown_trips: int | None = None,
 ) -> Ledger:
@@ -186,9 +183,8 @@ def read_ledger(
 
     Args:
         program: a compiled program, or its optimised HLO text.
-        axes: the mesh's axes and sizes, outermost first, as in `dict(mesh.shape)`. The
-            device numbers in a program are positions in the mesh, whatever the devices'
-            own ids are.
+        axes: of the mesh it was compiled for. The device numbers in a program are
+            positions in the mesh, whatever the devices' own ids are.
         unknown_trips: trip count assumed for a loop whose count depends on data; with
             None such a loop is an error if a collective is inside.
 
@@ -212,7 +208,7 @@ def read_ledger(
 
 def read_partitioned(
     lowered: jax.stages.Lowered,
-    axes: Mapping[str, int],
+    axes: Axes,
     *,
     unknown_trips: int | None = None,
 ) -> Ledger:
@@ -225,15 +221,13 @@ def read_partitioned(
     return _read(lowered.as_text("hlo", debug_info=True), axes, unknown_trips)
 
 
-def axes_of_groups(
-    groups: Iterable[Sequence[int]], axes: Mapping[str, int]
-) -> tuple[str, ...]:
+def axes_of_groups(groups: Iterable[Sequence[int]], axes: Axes) -> tuple[str, ...]:
     """Returns the mesh axes that every group spans, or `UNKNOWN_AXES`.
 
     Args:
         groups: lists of the devices that take part together, as row-major positions in
             the mesh.
-        axes: the mesh's axes and sizes, outermost first.
+        axes: of the mesh.
     """
     groups = [tuple(group) for group in groups]
     names = _varying_axes(groups, axes)
@@ -249,24 +243,21 @@ def _spans(entry: Collective, axis: AxisQuery) -> bool:
     return axis is None or axis == entry.axes
 
 
-def _human(size: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} B" if unit == "B" else f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} TB"
+def _human(size: int) -> str:
+    power = min(4, (len(str(size)) - 1) // 3)
+    return f"{size / 1000**power:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
 
 
-def _read(text: str, axes: Mapping[str, int], unknown_trips: int | None) -> Ledger:
-    module = _parse_module(text)
-    if module.devices not in (None, math.prod(axes.values())):
+def _read(text: str, axes: Axes, unknown_trips: int | None) -> Ledger:
+    entry, devices, collectives = _parse_module(text)
+    if devices not in (None, math.prod(axes.values())):
         raise LedgerError(
             f"axes={dict(axes)!r} are {math.prod(axes.values())} devices but the program "
-            f"was compiled for {module.devices}; give the axes of its own mesh"
+            f"was compiled for {devices}; give the axes of its own mesh"
         )
-    reader = _Reader(module, axes, unknown_trips)
-    found = tuple(f.collective for f in reader.collect(module.entry))
-    if missed := set(module.collectives) - reader.parsed:
+    reader = _Reader(axes, unknown_trips)
+    found = tuple(f.collective for f in reader.collect(entry))
+    if missed := collectives - reader.parsed:
         raise LedgerError(
             f"collectives {sorted(missed)} are not reached from the entry"
         )
@@ -284,9 +275,7 @@ _PAIRS = re.compile(r"source_target_pairs=\"?\{((?:\{\d+, ?\d+\},? ?)*)\}")
 _BRACES = re.compile(r"\{([\d, ]*)\}")
 
 
-def _varying_axes(
-    groups: Iterable[Sequence[int]], axes: Mapping[str, int]
-) -> tuple[str, ...]:
+def _varying_axes(groups: Iterable[Sequence[int]], axes: Axes) -> tuple[str, ...]:
     """Returns the axes along which any two devices of a group differ."""
     sizes = tuple(axes.values())
     varying: set[int] = set()
@@ -351,9 +340,11 @@ class _Instruction:
         kind = self.opcode.removesuffix("-start")
         if kind == "send" and "is_host_transfer=true" not in self.attributes:
             return "collective-permute"
-        if kind in KINDS or not _COLLECTIVE.match(kind) or kind.endswith("-done"):
-            return kind if kind in KINDS else None
-        raise LedgerError(f"instruction {self.name}: no rule for collective {kind!r}")
+        if kind in KINDS:
+            return kind
+        if _COLLECTIVE.match(kind) and not kind.endswith("-done"):
+            raise LedgerError(f"instruction {self.name}: no rule for collective {kind}")
+        return None
 
     @property
     def is_async(self) -> bool:
@@ -361,24 +352,30 @@ class _Instruction:
         return self.opcode.endswith("-start") and 'is_sync":true' not in self.attributes
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Computation:
     name: str
     instructions: dict[str, _Instruction]
+    module: dict[str, "_Computation"]
+    """All computations of the module, by name."""
+    caller: tuple["_Computation", _Instruction] | None = None
+    """The first one."""
 
     def __getitem__(self, name: str) -> _Instruction:
         if name not in self.instructions:
             raise LedgerError(f"{name} is not defined in computation {self.name}")
         return self.instructions[name]
 
+    def called(self, i: _Instruction) -> list["_Computation"]:
+        return [self.module[name] for name in i.called if name in self.module]
+
     @functools.cached_property
     def root(self) -> _Instruction:
         return next(i for i in self.instructions.values() if i.is_root)
 
-    @functools.cached_property
-    def parameters(self) -> dict[int, _Instruction]:
+    def parameter(self, number: int) -> _Instruction:
         found = (i for i in self.instructions.values() if i.opcode == "parameter")
-        return {int(i.literal): i for i in found}
+        return next(i for i in found if int(i.literal) == number)
 
     @functools.cached_property
     def readers(self) -> dict[str, list[_Instruction]]:
@@ -386,31 +383,6 @@ class _Computation:
         for instruction in self.instructions.values():
             for operand in dict.fromkeys(instruction.operands):
                 found[operand].append(instruction)
-        return found
-
-
-@dataclass(frozen=True)
-class _Module:
-    computations: dict[str, _Computation]
-    entry: str
-    devices: int | None
-
-    def __getitem__(self, name: str) -> _Computation:
-        return self.computations[name]
-
-    @functools.cached_property
-    def collectives(self) -> list[str]:
-        every = (c.instructions.values() for c in self.computations.values())
-        return [i.name for instructions in every for i in instructions if i.kind]
-
-    @functools.cached_property
-    def callers(self) -> dict[str, tuple[_Computation, _Instruction]]:
-        """The first caller of each computation."""
-        found: dict[str, tuple[_Computation, _Instruction]] = {}
-        for computation in self.computations.values():
-            for instruction in computation.instructions.values():
-                for called in instruction.called:
-                    found.setdefault(called, (computation, instruction))
         return found
 
 
@@ -426,7 +398,8 @@ _CALLED = re.compile(
 )
 
 
-def _parse_module(text: str) -> _Module:
+def _parse_module(text: str) -> tuple[_Computation, int | None, set[str]]:
+    """Returns the entry, the number of devices, and the names of all collectives."""
     computations: dict[str, _Computation] = {}
     entry, devices, current = None, None, None
     for line in text.splitlines():
@@ -435,17 +408,25 @@ def _parse_module(text: str) -> _Module:
             devices = math.prod(map(int, counts)) if counts else None
         elif current is None:
             if match := _HEADER.match(line.rstrip()):
-                current = _Computation(match[2], {})
+                current = _Computation(match[2], {}, computations)
                 computations[current.name] = current
-                entry = current.name if match[1] else entry
+                entry = current if match[1] else entry
+            elif _ASSIGNMENT.match(line):
+                raise LedgerError(f"instruction outside a computation: {line[:200]!r}")
         elif line.startswith("}"):  # may be followed by an execution thread
             current = None
         elif match := _ASSIGNMENT.match(line):
             instruction = _parse_instruction(match[2], match[3], bool(match[1]))
             current.instructions[instruction.name] = instruction
+        elif _COLLECTIVE.search(line):
+            raise LedgerError(f"line not understood: {line[:200]!r}")
     if entry is None or current is not None:
         raise LedgerError("no whole ENTRY computation; give the HLO text of a module")
-    return _Module(computations, entry, devices)
+    every = [(c, i) for c in computations.values() for i in c.instructions.values()]
+    for computation, i in every:
+        for called in computation.called(i):
+            called.caller = called.caller or (computation, i)
+    return entry, devices, {i.name for _, i in every if i.kind}
 
 
 def _parse_instruction(name: str, text: str, is_root: bool) -> _Instruction:
@@ -490,9 +471,7 @@ def _arrays(shape: str) -> list[tuple[str, int]]:
 
 def _size(dtype: str, elements: int) -> int:
     """Returns the bytes of an array."""
-    if dtype == "pred":
-        return elements
-    if (match := _BITS.match(dtype)) is None:
+    if (match := _BITS.match(dtype.replace("pred", "u8"))) is None:
         raise LedgerError(f"dtype {dtype!r} of a collective is unknown")
     return math.ceil(elements * int(match[1]) / 8)
 
@@ -511,6 +490,10 @@ class _Found:
     chain: str | None = None
     """TPU: one collective is spread over several fusions, which share this id."""
 
+    @property
+    def sent(self) -> int:
+        return self.collective.wire_bytes * self.collective.trips
+
     def replace(self, **changes: Any) -> "_Found":
         return _Found(dataclasses.replace(self.collective, **changes), self.chain)
 
@@ -518,49 +501,41 @@ class _Found:
 class _Reader:
     """Collects the collectives of a module, callees first."""
 
-    def __init__(
-        self, module: _Module, axes: Mapping[str, int], unknown_trips: int | None
-    ) -> None:
-        self.module = module
+    def __init__(self, axes: Axes, unknown_trips: int | None) -> None:
         self.axes = axes
         self.unknown_trips = unknown_trips
         self.parsed: set[str] = set()
         self.done: dict[str, list[_Found]] = {}
 
-    def collect(self, name: str) -> list[_Found]:
+    def collect(self, computation: _Computation) -> list[_Found]:
         """Returns the collectives of one run of a computation."""
-        if name not in self.done:
+        if computation.name not in self.done:
             found: list[_Found] = []
-            chains: set[str] = set()
-            for instruction in self.module[name].instructions.values():
-                for new in self.of_instruction(self.module[name], instruction):
-                    if instruction.opcode == "fusion" and new.chain is not None:
-                        if new.chain in chains:
+            steps: set[tuple[str, str, int]] = set()
+            for i in computation.instructions.values():
+                for new in self.of_instruction(computation, i):
+                    if i.opcode == "fusion" and new.chain is not None:
+                        c = new.collective
+                        if (step := (new.chain, c.name, c.elements)) in steps:
                             continue
-                        chains.add(new.chain)
+                        steps.add(step)
                         new = _Found(new.replace(is_async=True).collective)
                     found.append(new)
-            self.done[name] = found
-        return self.done[name]
+            self.done[computation.name] = found
+        return self.done[computation.name]
 
-    def of_instruction(
-        self, computation: _Computation, i: _Instruction
-    ) -> list[_Found]:
+    def of_instruction(self, home: _Computation, i: _Instruction) -> list[_Found]:
         if i.kind is not None:
-            return self.parse(i.kind, computation, i)
+            return self.parse(i.kind, home, i)
         if i.opcode.endswith(("-done", "-update")):
             return []
-        parts = [
-            self.collect(name) for name in i.called if name in self.module.computations
-        ]
+        parts = [self.collect(called) for called in home.called(i)]
         if not any(parts):
             return []
         if i.opcode == "while":
-            return self.repeat(computation, i)
+            return self.repeat(home, i)
         if i.opcode == "conditional":
-            return max(
-                parts, key=lambda part: Ledger(tuple(f.collective for f in part)).wire()
-            )
+            return max(parts, key=lambda part: sum(f.sent for f in part))
         found = [new for part in parts for new in part]
         if i.is_async:
             found = [new.replace(is_async=True) for new in found]
@@ -568,42 +543,33 @@ class _Reader:
             found = [_as_reduce_scatter(new) for new in found]
         return found
 
-    def repeat(self, computation: _Computation, loop: _Instruction) -> list[_Found]:
+    def repeat(self, home: _Computation, loop: _Instruction) -> list[_Found]:
         """Returns the collectives of a loop; its condition runs once more than its body."""
-        if match := _TRIPS.search(loop.attributes):
-            trips = int(match[1])
-        else:
-            trips = _count_trips(self.module, computation, loop)
-            trips = self.unknown_trips if trips is None else trips
+        match = _TRIPS.search(loop.attributes)
+        trips = int(match[1]) if match else _count_trips(home, loop)
+        trips = self.unknown_trips if trips is None else trips
         if trips is None:
             raise LedgerError(
                 f"loop {loop.name} holds collectives but its trip count depends on data; "
                 "give unknown_trips"
             )
-        parts = (
-            (loop.attribute("condition"), trips + 1),
-            (loop.attribute("body"), trips),
-        )
         return [
             new.replace(trips=new.collective.trips * n)
-            for name, n in parts
-            for new in self.collect(name)
+            for part, n in (("condition", trips + 1), ("body", trips))
+            for new in self.collect(home.module[loop.attribute(part)])
         ]
 
-    def parse(
-        self, kind: str, computation: _Computation, i: _Instruction
-    ) -> list[_Found]:
+    def parse(self, kind: str, home: _Computation, i: _Instruction) -> list[_Found]:
         """Returns an entry per dtype (and per `sliced`) of a collective's operands."""
         self.parsed.add(i.name)
         axes, n = self.group(kind, i)
         if n == 1:
             return []
         sums: dict[tuple[str, bool], int] = {}
-        for position, operand in enumerate(i.operands):
-            sliced = kind == "all-reduce" and _is_sliced(
-                self.module, computation, i, position
-            )
-            for dtype, count in _arrays(computation[operand].shape):
+        operands = i.operands[:1] if kind == "ragged-all-to-all" else i.operands
+        for position, operand in enumerate(operands):
+            sliced = kind == "all-reduce" and _is_sliced(home, i, position)
+            for dtype, count in _arrays(home[operand].shape):
                 sums[dtype, sliced] = sums.get((dtype, sliced), 0) + count
         if not sums:
             raise LedgerError(f"collective {i.name} has no array operands")
@@ -669,85 +635,72 @@ def _as_reduce_scatter(found: _Found) -> _Found:
 
 
 _PASS_THROUGH = frozenset(
-    (
-        "all-reduce-done",
-        "bitcast",
-        "convert",
-        "copy",
-        "copy-done",
-        "copy-start",
-        "get-tuple-element",
-        "optimization-barrier",
-        "reshape",
-        "transpose",
-    )
+    "all-reduce-done bitcast convert copy copy-done copy-start get-tuple-element "
+    "optimization-barrier reshape transpose".split()
 )
 """What may stand between an all-reduce and the slices taken of it."""
 
 
-def _is_sliced(
-    module: _Module, computation: _Computation, i: _Instruction, position: int
-) -> bool:
+def _is_sliced(home: _Computation, i: _Instruction, position: int) -> bool:
     """True if all that is read of a result are slices at the device's own place."""
     parts = [i]
     if len(i.operands) > 1:
         parts = [
             reader
-            for reader in computation.readers[i.name]
+            for reader in home.readers[i.name]
             if reader.opcode == "get-tuple-element"
             and int(reader.attribute("index")) == position
         ]
-    return bool(parts) and all(_only_slices(module, computation, p.name) for p in parts)
+    return bool(parts) and all(_only_slices(home, part.name) for part in parts)
 
 
-def _only_slices(module: _Module, computation: _Computation, name: str) -> bool:
-    readers = computation.readers[name]
-    if not readers or computation[name].is_root:
+def _only_slices(home: _Computation, name: str) -> bool:
+    if not home.readers[name] or home[name].is_root:
         return False
-    return all(_takes_slice(module, computation, reader, name) for reader in readers)
+    return all(_takes_slice(home, reader, name) for reader in home.readers[name])
 
 
-def _takes_slice(
-    module: _Module, computation: _Computation, reader: _Instruction, name: str
-) -> bool:
+def _takes_slice(home: _Computation, reader: _Instruction, name: str) -> bool:
     if reader.opcode in _PASS_THROUGH:
-        return _only_slices(module, computation, reader.name)
+        return _only_slices(home, reader.name)
     if reader.opcode == "dynamic-slice":
-        starts = reader.operands[1:]
-        return any(_reads_partition(module, computation, start) for start in starts)
+        return any(_reads_partition(home, start) for start in reader.operands[1:])
     if reader.opcode != "fusion":
         return False
-    callee = module[reader.called[0]]
-    return all(
-        _only_slices(module, callee, callee.parameters[position].name)
-        for position, operand in enumerate(reader.operands)
-        if operand == name
-    )
+    (callee,) = home.called(reader)
+    places = [n for n, operand in enumerate(reader.operands) if operand == name]
+    return all(_only_slices(callee, callee.parameter(n).name) for n in places)
 
 
-def _reads_partition(
-    module: _Module, computation: _Computation, name: str, slot: int | None = None
-) -> bool:
+def _reads_partition(home: _Computation, name: str) -> bool:
     """True if a scalar is computed from the device's own number, through all callers."""
-    i = computation[name]
-    if i.opcode in ("partition-id", "replica-id"):
-        return True
-    if i.opcode == "get-tuple-element":
-        index = int(i.attribute("index"))
-        return _reads_partition(module, computation, i.operands[0], index)
-    if i.opcode in ("tuple", "while") and slot is not None:
-        operand = i.operands[slot if i.opcode == "tuple" else 0]
-        return _reads_partition(module, computation, operand, slot)
-    if i.opcode == "parameter":
-        if computation.name not in module.callers:
-            return False
-        outer, call = module.callers[computation.name]
-        operand = call.operands[0 if call.opcode == "while" else int(i.literal)]
-        return _reads_partition(module, outer, operand, slot)
-    inside = [module[name] for name in i.called if name in module.computations]
-    if any(x.opcode == "partition-id" for c in inside for x in c.instructions.values()):
-        return True
-    return any(_reads_partition(module, computation, o) for o in i.operands)
+    todo: list[tuple[_Computation, str, int | None]] = [(home, name, None)]
+    seen = set()
+    while todo:
+        home, name, slot = todo.pop()
+        if (home.name, name, slot) in seen:
+            continue
+        seen.add((home.name, name, slot))
+        i = home[name]
+        if any(x.opcode == "partition-id" for x in (i, *_inside(home, i))):
+            return True
+        if i.opcode == "get-tuple-element":
+            todo.append((home, i.operands[0], int(i.attribute("index"))))
+        elif i.opcode in ("tuple", "while") and slot is not None:
+            todo.append((home, i.operands[slot if i.opcode == "tuple" else 0], slot))
+        elif i.opcode == "parameter" and home.caller is not None:
+            outer, call = home.caller
+            number = 0 if call.opcode == "while" else int(i.literal)
+            todo.append((outer, call.operands[number], slot))
+        else:
+            todo.extend((home, operand, None) for operand in i.operands)
+    return False
+
+
+def _inside(home: _Computation, i: _Instruction) -> Iterator[_Instruction]:
+    if i.opcode != "while":
+        for called in home.called(i):
+            yield from called.instructions.values()
 
 
 # Trip counts
@@ -759,77 +712,88 @@ _ARITHMETIC: Mapping[str, Callable[[int, int], int]] = {
     "add": operator.add,
     "subtract": operator.sub,
     "multiply": operator.mul,
-    "minimum": min,
-    "maximum": max,
     "and": operator.and_,
-    "LT": operator.lt,
-    "LE": operator.le,
-    "GT": operator.gt,
-    "GE": operator.ge,
-    "EQ": operator.eq,
-    "NE": operator.ne,
+    **{name: getattr(operator, name.lower()) for name in "LT LE GT GE EQ NE".split()},
 }
 
-_SAME_VALUE = frozenset(
-    ("bitcast", "convert", "copy", "copy-done", "copy-start", "reshape")
-)
+_SAME_VALUE = frozenset("bitcast convert copy copy-done copy-start reshape".split())
 
 _Carry = Callable[[int], int | None]
 """The integer in a slot of a loop's carry, or None where it is no known integer."""
 
 
-def _count_trips(
-    module: _Module, computation: _Computation, loop: _Instruction
-) -> int | None:
+def _count_trips(home: _Computation, loop: _Instruction) -> int | None:
     """Returns how often a loop runs, by running its counters; None if they need data."""
-    body, condition = (module[loop.attribute(name)] for name in ("body", "condition"))
-    first = computation[loop.operands[0]]
-    if first.opcode != "tuple" or body.root.opcode != "tuple":
+    body, condition = (home.module[loop.attribute(a)] for a in ("body", "condition"))
+    if body.root.opcode != "tuple":
         return None
     state: dict[int, int | None] = {}
 
     def carry(slot: int) -> int | None:
         if slot not in state:
-            state[slot] = _integer(module, computation, first.operands[slot], ())
+            state[slot] = _initial(home, loop, slot)
         return state[slot]
 
     for trips in range(_MAX_TRIPS):
-        go_on = _integer(module, condition, condition.root.name, (carry,))
+        go_on = _integer(condition, condition.root.name, (carry,))
         if not go_on:
             return trips if go_on is not None else None
         # A slot first read below has not changed before, or it would be in the state.
         last = body.root.operands
-        state |= {n: _integer(module, body, last[n], (carry,)) for n in list(state)}
+        state |= {slot: _integer(body, last[slot], (carry,)) for slot in list(state)}
     return None
 
 
+def _initial(home: _Computation, loop: _Instruction, slot: int) -> int | None:
+    """Returns the integer that a slot of a loop's carry starts from."""
+    first = home[loop.operands[0]]
+    if first.opcode != "tuple":
+        return None
+    return _integer(home, first.operands[slot], _outside(home))
+
+
+def _outside(home: _Computation) -> Sequence[_Carry | int | None]:
+    """Returns what a computation is called with, as far as that never changes."""
+    if home.caller is None:
+        return ()
+    outer, call = home.caller
+    if call.opcode != "while":
+        return [_integer(outer, name, _outside(outer)) for name in call.operands]
+
+    def constant(slot: int) -> int | None:
+        last = home.root.operands[slot] if home.root.opcode == "tuple" else ""
+        kept = home.instructions.get(last)
+        if kept is None or kept.opcode != "get-tuple-element":
+            return None
+        same = int(kept.attribute("index")) == slot
+        return _initial(outer, call, slot) if same else None
+
+    return (constant,)
+
+
 def _integer(
-    module: _Module,
-    computation: _Computation,
-    name: str,
-    arguments: Sequence[_Carry | int | None],
+    home: _Computation, name: str, arguments: Sequence[_Carry | int | None]
 ) -> int | None:
     """Returns the value of an integer scalar, or None if it needs data."""
-    i = computation[name]
+    i = home[name]
     opcode = i.attribute("direction") if i.opcode == "compare" else i.opcode
     if opcode == "constant":
         literal = {"true": "1", "false": "0"}.get(i.literal, i.literal)
         return int(literal) if re.fullmatch(r"-?\d+", literal) else None
     if opcode == "parameter":
-        number = int(i.literal)
-        value = arguments[number] if number < len(arguments) else None
+        value = dict(enumerate(arguments)).get(int(i.literal))
         return value if isinstance(value, int) else None
     if opcode == "get-tuple-element":
-        from_parameter = computation[i.operands[0]].opcode == "parameter"
+        from_parameter = home[i.operands[0]].opcode == "parameter"
         carry = arguments[0] if arguments and from_parameter else None
         return carry(int(i.attribute("index"))) if callable(carry) else None
-    if opcode in _SAME_VALUE:
-        return _integer(module, computation, i.operands[0], arguments)
+    if opcode in _SAME_VALUE or 'target="Sharding"' in i.attributes:
+        return _integer(home, i.operands[0], arguments)
     if opcode not in _ARITHMETIC and opcode not in ("fusion", "call"):
         return None
-    values = [_integer(module, computation, o, arguments) for o in i.operands]
+    values = [_integer(home, operand, arguments) for operand in i.operands]
     if opcode in _ARITHMETIC:
         a, b = values
         return None if a is None or b is None else int(_ARITHMETIC[opcode](a, b))
-    callee = module[i.called[0]]
-    return _integer(module, callee, callee.root.name, values)
+    (callee,) = home.called(i)
+    return _integer(callee, callee.root.name, values)

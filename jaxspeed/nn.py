@@ -47,7 +47,7 @@ class Layers(nnx.Module):
     def __init__(self, make_block: Callable[[nnx.Rngs], nnx.Module], num_layers: int, rngs: nnx.Rngs) -> None:
         """Makes `num_layers` blocks, each from its own key."""
         self.num_layers = num_layers
-        self.block = nnx.vmap(make_block)(rngs.fork(split=num_layers))
+        self.block = nnx.vmap(make_block)(rngs.split(num_layers))
 
     def __call__(self, x: jax.Array, *args: Any) -> jax.Array:
         """Returns x after all blocks; `args` (positions, masks) go to each block unchanged."""

@@ -17,6 +17,7 @@ statistics are per layer, so scanning layers does not change the optimizer.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -95,8 +96,8 @@ def make_optimizer(
         return {"count": jnp.zeros((), jnp.int32)} | _by_slot(leaves, slots)
 
     def update(
-        grads: PyTree,
-        state: Mapping[str, Any],
+        updates: PyTree,
+        state: PyTree,
         params: PyTree | None = None,
         *,
         finite: Bool[Array, ""] | None = None,
@@ -120,7 +121,7 @@ def make_optimizer(
         leaves = _leaves(optim, params, dims, placements)
         deltas, slots = [], []
         for leaf, g, p in zip(
-            leaves, treedef.flatten_up_to(grads), jax.tree.leaves(params), strict=True
+            leaves, treedef.flatten_up_to(updates), jax.tree.leaves(params), strict=True
         ):
             g, p = g.astype(jnp.float32), p.astype(jnp.float32)
             delta, new = rule.update(at, leaf, g, p, _slots_of(leaf, state))
@@ -133,7 +134,7 @@ def make_optimizer(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def update_count(opt_state: Mapping[str, Any]) -> Int[Array, ""]:
+def update_count(opt_state: PyTree) -> Int[Array, ""]:
     """Returns the updates applied so far: what to call a schedule with.
 
     `make_schedule(...)(update_count(state))` is the rate that the next update will use.
@@ -170,7 +171,9 @@ def map_like_params(
     }
 
     def find(path: tuple[Any, ...], leaf: Any) -> Any:
-        for start in range(len(path) + 1):
+        # From 1: the state is never the tree of parameters itself, and the name of a
+        # statistic may also be a parameter's.
+        for start in range(1, len(path) + 1):
             shape, value = known.get(jax.tree_util.keystr(path[start:]), (None, None))
             if shape is not None:
                 return value if shape == leaf.shape else other
@@ -185,16 +188,21 @@ def orthogonalize(x: Float[Array, "*n R C"], steps: int) -> Float[Array, "*n R C
         X = x / |x|; `steps` times: A = X X^T; X = (3.4445 + (-4.7750) A + 2.0315 A^2) X
 
     The polynomial is steep at 0 rather than exact at 1: the values end between 0.7 and 1.2.
-    Where one side is at least twice the other, the same polynomials are applied to the small
-    A alone and X is multiplied once (1.7 times faster at 384 x 1536 on a CPU; equal to 1e-5).
-    Reference: Jordan 2024, kellerjordan.github.io/posts/muon; for the second form Dao 2026,
-    tridao.me/blog/2026/gram-newton-schulz. DeepSpeed iterates in half precision, we in float32.
+    On CPU, where one side is at least twice the other, the same polynomials are applied to the
+    small A and X is multiplied once: 1.7 times faster at 384 x 1536, equal to 1e-5. That form
+    needs float32 products (noise in A grows twelvefold a step), and accelerators multiply
+    float32 arrays in fewer bits. References: Jordan 2024, kellerjordan.github.io/posts/muon;
+    Dao 2026, tridao.me/blog/2026/gram-newton-schulz.
     """
     tall = x.shape[-2] > x.shape[-1]
     x = jnp.swapaxes(x, -1, -2) if tall else x
     x = x / (jnp.sqrt(jnp.sum(x * x, axis=(-2, -1), keepdims=True)) + 1e-7)
-    wide = x.shape[-1] >= 2 * x.shape[-2]
-    x = _iterate_gram(x, steps) if wide else _iterate(x, steps)
+    plain = functools.partial(_iterate, steps=steps)
+    if x.shape[-1] >= 2 * x.shape[-2]:
+        gram = functools.partial(_iterate_gram, steps=steps)
+        x = jax.lax.platform_dependent(x, cpu=gram, default=plain)
+    else:
+        x = plain(x)
     return jnp.swapaxes(x, -1, -2) if tall else x
 
 
@@ -220,7 +228,7 @@ def _iterate_gram(x: Float[Array, "*n R C"], steps: int) -> Float[Array, "*n R C
 class _Leaf(NamedTuple):
     """What is static about one parameter."""
 
-    path: tuple[str, ...]
+    path: tuple[Any, ...]
     shape: tuple[int, ...]
     stacked: int
     """Leading dims that count layers or experts."""
@@ -367,7 +375,7 @@ def _adafactor(
     g, p_layers = _layers(leaf, g), _layers(leaf, p)
     absent = jnp.zeros((g.shape[0], 1), jnp.float32)
     axes = optax.FactoredState(None, 0, 0, 0)  # pyright: ignore[reportArgumentType]
-    scale = jax.vmap(_FACTORED.update, in_axes=(0, axes, 0), out_axes=(0, axes))
+    scale: Any = jax.vmap(_FACTORED.update, in_axes=(0, axes, 0), out_axes=(0, axes))
     state = optax.FactoredState(
         count=(at.t - 1).astype(jnp.int32),
         v_row=old.get("v_row", absent),
@@ -478,6 +486,8 @@ def _orthogonalize_leaf(leaf: _Leaf, x: Array, steps: int) -> Array:
     splits = _splits(leaf)
     if leaf.sharding is None or not splits:
         return _unlayers(leaf, run(_layers(leaf, x)), x.shape)
+    assert leaf.embed is not None
+    one = leaf._replace(stacked=1, embed=leaf.embed - leaf.stacked + 1)
     mesh, spec = leaf.sharding.mesh, leaf.sharding.spec
     devices = math.prod(mesh.shape[axis] for _, axes in splits for axis in axes)
 
@@ -488,7 +498,6 @@ def _orthogonalize_leaf(leaf: _Leaf, x: Array, steps: int) -> Array:
         x = jnp.pad(x, [(0, -n % devices)] + [(0, 0)] * (x.ndim - 1))
         for dim, axes in splits:
             x = jax.lax.all_to_all(x, axes, 0, dim, tiled=True)
-        one = leaf._replace(stacked=1, embed=leaf.embed - leaf.stacked + 1)
         x = _unlayers(one, run(_layers(one, x)), x.shape)
         for dim, axes in reversed(splits):
             x = jax.lax.all_to_all(x, axes, dim, 0, tiled=True)
@@ -596,9 +605,8 @@ def _check(optim: OptimConfig) -> None:
 
 
 def _check_cycle(optim: OptimConfig) -> None:
-    if optim.name in ("adagrad", "adafactor") or not (
-        optim.name != "sgd" or optim.momentum
-    ):
+    without = optim.name in ("adagrad", "adafactor")
+    if without or (optim.name == "sgd" and not optim.momentum):
         raise ConfigError(
             f"schedule.cycle_momentum=True: {optim.name} has no momentum to cycle; "
             "set schedule.cycle_momentum False"

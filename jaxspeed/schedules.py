@@ -18,13 +18,16 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array, Float, Int
 
 from jaxspeed.config import ConfigError, ScheduleConfig, config_error
 
 
-def make_schedule(cfg: ScheduleConfig, lr: float, steps: int) -> optax.Schedule:
+Schedule = Callable[[jax.typing.ArrayLike], Float[Array, ""]]
+"""From the number of updates applied (int32) to a float32 scalar. An `optax.Schedule`."""
+
+
+def make_schedule(cfg: ScheduleConfig, lr: float, steps: int) -> Schedule:
     """Returns the learning rate as a function of the number of updates applied.
 
     With c that number, i = c - 1, w = warmup_steps, n = max(2, w), T = total_steps or steps:
@@ -83,7 +86,7 @@ def make_schedule(cfg: ScheduleConfig, lr: float, steps: int) -> optax.Schedule:
             return _make_range_test(cfg)
 
 
-def make_momentum_schedule(cfg: ScheduleConfig, steps: int) -> optax.Schedule | None:
+def make_momentum_schedule(cfg: ScheduleConfig, steps: int) -> Schedule | None:
     """Returns one_cycle's momentum as a function of the updates applied, or None.
 
         high - (high - low) * scale(c) inside the cycle, `low` at c = 0;
@@ -124,7 +127,7 @@ def make_momentum_schedule(cfg: ScheduleConfig, steps: int) -> optax.Schedule | 
     return schedule
 
 
-def _make_cosine(cfg: ScheduleConfig, lr: float, total: int) -> optax.Schedule:
+def _make_cosine(cfg: ScheduleConfig, lr: float, total: int) -> Schedule:
     warmup = cfg.warmup_steps
 
     def schedule(count: jax.typing.ArrayLike) -> Float[Array, ""]:
@@ -135,7 +138,7 @@ def _make_cosine(cfg: ScheduleConfig, lr: float, total: int) -> optax.Schedule:
     return schedule
 
 
-def _make_warmup(cfg: ScheduleConfig, lr: float, total: int) -> optax.Schedule:
+def _make_warmup(cfg: ScheduleConfig, lr: float, total: int) -> Schedule:
     low, n = cfg.warmup_min_lr, max(2, cfg.warmup_steps)
 
     def schedule(count: jax.typing.ArrayLike) -> Float[Array, ""]:
@@ -149,7 +152,7 @@ def _make_warmup(cfg: ScheduleConfig, lr: float, total: int) -> optax.Schedule:
     return schedule
 
 
-def _make_warmup_cosine(cfg: ScheduleConfig, lr: float, total: int) -> optax.Schedule:
+def _make_warmup_cosine(cfg: ScheduleConfig, lr: float, total: int) -> Schedule:
     low, n = cfg.warmup_min_ratio, max(2, cfg.warmup_steps)
 
     def schedule(count: jax.typing.ArrayLike) -> Float[Array, ""]:
@@ -164,7 +167,7 @@ def _make_warmup_cosine(cfg: ScheduleConfig, lr: float, total: int) -> optax.Sch
     return schedule
 
 
-def _make_one_cycle(cfg: ScheduleConfig, lr: float) -> optax.Schedule:
+def _make_one_cycle(cfg: ScheduleConfig, lr: float) -> Schedule:
     length, scale = _cycle(cfg)
     low = cfg.cycle_min_lr
     rate = cfg.decay_lr_rate / cfg.decay_steps if cfg.decay_steps else 0.0
@@ -179,7 +182,7 @@ def _make_one_cycle(cfg: ScheduleConfig, lr: float) -> optax.Schedule:
     return schedule
 
 
-def _make_range_test(cfg: ScheduleConfig) -> optax.Schedule:
+def _make_range_test(cfg: ScheduleConfig) -> Schedule:
     size = cfg.range_step_size
     if size < 1:
         why = "the test raises the rate once per this many updates"

@@ -135,7 +135,7 @@ def make_train_step(
 
         total, count = jnp.sum(sums.total), jnp.maximum(jnp.sum(sums.count), 1.0)
         divisor = scale * spec.seed_scale * count
-        norm = optax.global_norm(gradients) / divisor
+        norm = optax.tree.norm(gradients) / divisor
         finite = jnp.isfinite(norm) & jnp.isfinite(total)
         clipped = jnp.minimum(norm, clip_norm) if clip_norm else norm
         factor = jnp.where(norm > clipped, clipped / (norm + 1e-6), 1.0) / divisor

@@ -2,7 +2,7 @@
 """The few types that every layer shares. Layer 0: standard library, jax and jaxtyping."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 from jaxtyping import Array, Float, Int
@@ -37,6 +37,7 @@ LossFn = Callable[[Any, Batch], Sums]
 """`(model, batch) -> Sums`: what to minimise. The model is the merged NNX module."""
 
 
+@runtime_checkable
 class CausalLM(Protocol):
     """What the library asks of a decoder: hidden states and the output embedding, apart.
 

@@ -92,3 +92,13 @@ def pytest_runtest_makereport(
         report.longrepr = f"{item.nodeid}: XLA reports '{SPILL}' (see stderr)"
         shutil.rmtree(CACHE, ignore_errors=True)
     return report
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Adds the size of the equivalence matrix."""
+    parser.addoption(
+        "--matrix",
+        choices=["covering", "full"],
+        default="covering",
+        help="tests/dist/test_equivalence.py: a selection that covers all pairs, or the whole product",
+    )

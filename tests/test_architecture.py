@@ -19,8 +19,8 @@ ROOT = Path(__file__).parents[1]
 LAYERS = {
     0: "types config",
     1: "ambient launch ledger mesh nn ops remat sharding topology",
-    2: "checkpoint data deepspeed_json deepspeed_keys hf loss_scale losses metrics "
-    "offload optim precision progress report schedules",
+    2: "checkpoint data deepspeed_json deepspeed_keys deepspeed_rules hf loss_scale "
+    "losses metrics offload optim precision progress report schedules",
     3: "generate lora pipeline program state step",
     4: "__init__ __main__ cli doctor engine loop plan profile",
 }

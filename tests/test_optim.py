@@ -4,6 +4,7 @@
 import functools
 import math
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -67,7 +68,7 @@ def make_grads(seed, dims=DIMS, sizes=SIZES):
     return jax.tree.map(lambda g: g * 10.0 ** (g.ravel()[0] * 2) * (abs(g) > 0.1), tree)
 
 
-def train(tx, params, grads, finite=None):
+def train(tx, params, grads, finite=None) -> tuple[Any, Any]:
     """Returns parameters and state after an update with each of the gradients."""
 
     @jax.jit
@@ -309,7 +310,8 @@ def test_an_output_bias_per_expert_is_no_matrix_but_a_router_is():
     }
     params = make_tree(0, dims, SIZES | {"expert": 2})
     tx = make_optimizer(cfg, CONSTANT, 1, dims)
-    assert set(tx.init(params)["nu"]) == {"bias"}
+    state: Any = tx.init(params)
+    assert set(state["nu"]) == {"bias"}
     zero = jax.tree.map(np.zeros_like, params)
     got, _ = train(tx, params, [zero])
     assert_close(got, {k: p * (1 if k == "bias" else 0.95) for k, p in params.items()})
@@ -419,6 +421,14 @@ def test_map_like_params_gives_factored_statistics_the_other_value():
     }  # fmt: skip
 
 
+def test_a_parameter_may_be_called_like_a_statistic():
+    dims = {"mu": {"w": ("mlp",)}, "w": ("embed",)}
+    params = make_tree(0, dims, {"mlp": 3, "embed": 3})
+    tx = make_optimizer(OptimConfig(name="lion"), CONSTANT, 10, dims)
+    marks = map_like_params(tx.init(params), params, dims, None)
+    assert marks == {"count": None, "mu": dims}
+
+
 def test_map_like_params_understands_optax_states():
     params = {"a": {"w": np.ones((2, 3))}, "w": np.ones(3)}
     state = optax.chain(optax.clip(1.0), optax.adam(1e-3)).init(params)
@@ -525,7 +535,7 @@ def test_muon_deals_matrices_out_and_back_and_nothing_else(axes, moves, mesh):
 def test_an_update_writes_in_place_and_copies_nothing(name):
     params = {"a": jnp.ones((64, 48)), "b": jnp.ones((48, 64))}
     tx = make_optimizer(OptimConfig(name=name, weight_decay=0.1), CONSTANT, 10)
-    state = tx.init(params)
+    state: Any = tx.init(params)
 
     def step(params, state, g, scale, ok):
         g = jax.tree.map(lambda x: x * scale, g)
@@ -533,7 +543,7 @@ def test_an_update_writes_in_place_and_copies_nothing(name):
         return optax.apply_updates(params, updates), state
 
     jitted = jax.jit(step, donate_argnums=(0, 1))
-    compiled = jitted.lower(params, state, params, 1.0, True).compile()
+    compiled: Any = jitted.lower(params, state, params, 1.0, True).compile()
     text = compiled.as_text()
     assert not re.search(r"= f32\[\d+,\d+\]\S* copy\(", text)
     # One pass over each parameter and each statistic: XLA:CPU fuses nothing further.

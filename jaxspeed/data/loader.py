@@ -17,7 +17,6 @@ import weakref
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from operator import attrgetter
 
 import grain
@@ -66,7 +65,7 @@ def train_iterator(
         ConfigError: the batch does not divide over the processes.
     """
     rows = PackedRows(
-        _encoded(_ordered(cfg, corpus.train, seed), tokenizer, tokenizer.encode),
+        _encoded(_ordered(cfg, corpus.train, seed), tokenizer, count_bytes=False),
         _row_spec(
             cfg, tokenizer, seq_len, global_batch_size, process_index, process_count
         ),
@@ -104,9 +103,8 @@ class EvalSet:
     def __iter__(self) -> Iterator[tuple[dict[str, np.ndarray], int]]:
         documents = grain.MapDataset.concatenate(_datasets(self.corpus.held_out))
         # A few batches should stand for all of the text: a fixed shuffle.
-        encode = self.tokenizer.encode_with_bytes
         rows = PackedRows(
-            _encoded(documents.shuffle(seed=0), self.tokenizer, encode),
+            _encoded(documents.shuffle(seed=0), self.tokenizer, count_bytes=True),
             _row_spec(
                 self.cfg,
                 self.tokenizer,
@@ -149,29 +147,27 @@ def _ordered(
     if len(parts) == 1:
         return parts[0]
     # The weights are shares of text; Grain draws documents.
-    mean_bytes = [source.num_bytes / len(source) for source in sources]
+    mean_bytes = [max(source.num_bytes, 1) / len(source) for source in sources]
     draws = [w / mean for w, mean in zip(cfg.weights, mean_bytes, strict=True)]
     return grain.MapDataset.mix(parts, draws)
 
 
 def _encoded(
-    documents: grain.MapDataset, tokenizer: Tokenizer, encode: object
+    documents: grain.MapDataset, tokenizer: Tokenizer, *, count_bytes: bool
 ) -> grain.IterDataset:
-    # Bytes cost nothing to make; a real tokenizer leaves the interpreter lock, so some
-    # threads of it run beside each other. The order does not depend on them.
-    threads = 0 if isinstance(tokenizer, ByteTokenizer) else _reader_count()
-    return documents.map(partial(_encode, encode)).to_iter_dataset(
-        grain.ReadOptions(num_threads=threads, prefetch_buffer_size=_DOCUMENTS_AHEAD)
+    def encode(text: str) -> Encoded:
+        return Encoded(tokenizer.encode(text))
+
+    # Bytes cost nothing to make. A real tokenizer releases the interpreter lock, so some
+    # threads of it run at a time; the order does not depend on them.
+    cores = os.cpu_count() or 1
+    threads = min(_MAX_READERS, max(1, cores // 2))
+    options = grain.ReadOptions(
+        num_threads=0 if isinstance(tokenizer, ByteTokenizer) else threads,
+        prefetch_buffer_size=_DOCUMENTS_AHEAD,
     )
-
-
-def _reader_count() -> int:
-    return max(1, min(_MAX_READERS, (os.cpu_count() or 2) // 2))
-
-
-def _encode(encode, text: str) -> Encoded:
-    encoded = encode(text)
-    return encoded if isinstance(encoded, Encoded) else Encoded(encoded)
+    chosen = tokenizer.encode_with_bytes if count_bytes else encode
+    return documents.map(chosen).to_iter_dataset(options)
 
 
 def _row_spec(
@@ -209,7 +205,7 @@ def _identity(
         "data.path (its text)": texts,
         "data.weights": list(cfg.weights),
         "data.shuffle": cfg.shuffle,
-        "data.tokenizer": f"{cfg.tokenizer} {tokenizer.fingerprint}",
+        "data.tokenizer": tokenizer.fingerprint,
         "seed": seed if cfg.shuffle else None,
     }
 

@@ -109,9 +109,10 @@ def open_tfds(
     try:
         root = _find_or_prepare(name, data_dir)
     except tfds.core.DatasetNotFoundError as err:
-        known = suggest(name, tfds.list_builders())
+        known = suggest(name, tfds.list_builders(with_community_datasets=False))
         why = "TFDS knows no such set, and none is prepared under that name"
-        raise origin.error(why, f"see tfds.list_builders().{known}") from err
+        change = f"see the catalog at tensorflow.org/datasets.{known}"
+        raise origin.error(why, change) from err
     except (OSError, ImportError, RuntimeError, ValueError, AssertionError) as err:
         why = f"TFDS cannot prepare it here ({type(err).__name__}: {first_line(err)})"
         change = f"prepare it elsewhere as array_record and copy it to {data_dir}"

@@ -57,7 +57,7 @@ def open_source(
         if file not in set(records)
     ]
     parts += [open_array_records(origin, records)] if records else []
-    source = Joined(path, parts)
+    source = parts[0] if len(parts) == 1 else Joined(path, parts)
     if not len(source):
         raise origin.error("holds no text", "give a file that is not empty")
     return source, None

@@ -67,7 +67,7 @@ class FileDocuments:
         begin, end = self._ranges[index].tolist()
         try:
             return self._decode(_read_range(self._path, begin, end))
-        except (OSError, EOFError, ValueError, KeyError) as err:
+        except (OSError, EOFError, ValueError, KeyError, TypeError) as err:
             raise self._origin.error(
                 f"changed while it was in use (document {index}: {first_line(err)})",
                 "leave data alone during a run, and start again",
@@ -121,8 +121,8 @@ def _cached_index(
     if file.stat().st_size < _CACHED_FROM:
         return build(origin, file)
     kept = _cache_key(file, kind, cache_dir).with_suffix(".npy")
-    if kept.exists():
-        return _load_index(kept, file)
+    if (known := _load_index(kept, file)) is not None:
+        return known
     index = build(origin, file)
     try:
         _save_index(kept, index)
@@ -138,8 +138,12 @@ def _cache_key(file: Path, kind: str, cache_dir: Path) -> Path:
     return cache_dir / "index" / name
 
 
-def _load_index(kept: Path, text: Path) -> FileIndex:
-    rows = np.load(kept, mmap_mode="r")
+def _load_index(kept: Path, text: Path) -> FileIndex | None:
+    """Returns a kept index; None if there is no whole one."""
+    try:
+        rows = np.load(kept, mmap_mode="r")
+    except (OSError, ValueError, EOFError):
+        return None
     return FileIndex(text, rows[1:], int(rows[0, 0]), int(rows[0, 1]))
 
 
@@ -164,27 +168,22 @@ def _index_text(origin: Origin, file: Path) -> FileIndex:
     """
     size = file.stat().st_size
     target = min(max(size // 1024, 4096), 65536)
-    ends = array("q")
-    crc, base, begin, buffer = 0, 0, 0, b""
+    crc, base, buffer = 0, 0, b""
     with open(file, "rb") as stream:
+        # A byte order mark is no text.
+        begin = 3 if stream.read(3) == codecs.BOM_UTF8 else 0
+        stream.seek(0)
+        bounds = array("q", [begin])
         for chunk, last in _chunks(origin, stream):
             crc = zlib.crc32(chunk, crc)
-            if not base and not ends and not buffer:
-                begin = 3 if chunk.startswith(codecs.BOM_UTF8) else 0
             buffer += chunk
             while end := _cut(buffer, begin - base, target, last):
                 begin = base + end
-                ends.append(begin)
+                bounds.append(begin)
             buffer, base = buffer[begin - base :], begin
-    first = 3 if size and ends and _has_bom(file) else 0
-    bounds = np.concatenate([[first], np.frombuffer(ends, np.int64)])
-    ranges = np.stack([bounds[:-1], bounds[1:]], axis=1).astype(np.int64)
-    return FileIndex(file, ranges, int(bounds[-1] - bounds[0]), crc)
-
-
-def _has_bom(file: Path) -> bool:
-    with open(file, "rb") as stream:
-        return stream.read(3) == codecs.BOM_UTF8
+    edges = np.array(bounds, np.int64)
+    ranges = np.stack([edges[:-1], edges[1:]], axis=1)
+    return FileIndex(file, ranges, int(edges[-1] - edges[0]), crc)
 
 
 def _chunks(origin: Origin, stream: BinaryIO) -> Iterator[tuple[bytes, bool]]:
@@ -209,6 +208,9 @@ def _chunks(origin: Origin, stream: BinaryIO) -> Iterator[tuple[bytes, bool]]:
 def _not_utf8(
     origin: Origin, chunk: bytes, offset: int, err: UnicodeDecodeError
 ) -> ConfigError:
+    if err.object.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        change = "convert it (iconv -f utf-16 -t utf-8)"
+        return origin.error("is UTF-16 text, not UTF-8", change)
     if b"\0" in chunk:
         return _binary(origin, offset)
     byte = err.object[err.start]
@@ -227,7 +229,7 @@ def _binary(origin: Origin, offset: int) -> ConfigError:
 def _cut(buffer: bytes, begin: int, target: int, last: bool) -> int | None:
     """Returns where the piece from `begin` ends, or None: read on, or nothing left."""
     limit = begin + 4 * target
-    if len(buffer) < limit + 1 and not last or begin >= len(buffer):
+    if begin >= len(buffer) or (len(buffer) <= limit and not last):
         return None
     if blank := _BLANK_LINES.search(buffer, begin + target, limit):
         return blank.end()
@@ -246,7 +248,10 @@ def _cut(buffer: bytes, begin: int, target: int, last: bool) -> int | None:
 
 def _json_decoder(text_field: str) -> Callable[[bytes], str]:
     def decode(line: bytes) -> str:
-        return _clean(json.loads(line.decode("utf-8-sig"))[text_field] or "")
+        text = json.loads(line.decode("utf-8-sig"))[text_field]
+        if not isinstance(text, str):
+            raise ValueError("there is no text now")
+        return _clean(text)
 
     return decode
 
@@ -328,8 +333,9 @@ def _parquet_index(
     """Unpacks the text column into the cache once; a row cannot be read alone."""
     kept = _cache_key(file, f"parquet/{text_field}", cache_dir).with_suffix(".npy")
     text = kept.with_suffix(".txt")
-    if kept.exists() and text.exists():
-        return _load_index(kept, text)
+    known = _load_index(kept, text)
+    if known and text.exists() and text.stat().st_size == known.num_bytes:
+        return known
     rows = _parquet_texts(origin, file, text_field)
     try:
         ranges, crc, end = array("q"), 0, 0

@@ -72,7 +72,7 @@ def _summed_loss_fwd(compute: Any, hidden: Array, embedding: Array, targets: Arr
         h, t, m = chunk
         h = h.astype(compute)
         loss, exps, norm = _loss_and_shifted(h, table, t, m)
-        hit = t[:, None] == jnp.arange(table.shape[0])
+        hit = t[:, None] == jnp.arange(table.shape[0])[None]
         d_logits = (exps * (m / norm)[:, None] - jnp.where(hit, m[:, None], 0.0)).astype(compute)
         return (total + loss, d_table + dot(d_logits, h, (0, 0))), dot(d_logits, table, (1, 0)).astype(hidden.dtype)
 

@@ -21,7 +21,7 @@ from jaxspeed.sharding import WEIGHT_NAME
 
 
 def linear(
-    x: Float[Array, "*B _"] | Float[Array, "*B _ _"],
+    x: Float[Array, "..."],
     w: Float[Array, "..."],
     bias: Float[Array, "..."] | None = None,
     *,
@@ -77,13 +77,13 @@ _product.defvjp(_product_fwd, _product_bwd)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _affine(compute: Any, out: Any, x: Array, w: Array, bias: Array) -> Array:
-    return (dot(x.astype(compute), w.astype(compute), (1, 0)) + bias).astype(out)
+    return (dot(x.astype(compute), w.astype(compute), (1, 0)) + bias[None]).astype(out)
 
 
 def _affine_fwd(compute: Any, out: Any, x: Array, w: Array, bias: Array) -> tuple[Array, tuple[Array, ...]]:
     xc = checkpoint_name(x.astype(compute), "product_input")
     wc = checkpoint_name(w.astype(compute), WEIGHT_NAME)
-    return (dot(xc, wc, (1, 0)) + bias).astype(out), (xc, wc, jnp.zeros((0,), x.dtype))
+    return (dot(xc, wc, (1, 0)) + bias[None]).astype(out), (xc, wc, jnp.zeros((0,), x.dtype))
 
 
 def _affine_bwd(compute: Any, out: Any, residuals: tuple[Array, ...], g: Array) -> tuple[Array, Array, Array]:

@@ -12,7 +12,7 @@ def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, " D"], *, eps: float) 
     """Returns x / sqrt(mean(x^2) + eps) * scale. Reference: arXiv 1910.07467 eq. 4."""
     x = x.astype(jnp.float32)
     y = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + eps)
-    return (y * scale).astype(current().activations)
+    return (y * _row(scale, y)).astype(current().activations)
 
 
 def layer_norm(x: Float[Array, "*B D"], scale: Float[Array, " D"], bias: Float[Array, " D"], *, eps: float) -> Float[Array, "*B D"]:
@@ -20,4 +20,8 @@ def layer_norm(x: Float[Array, "*B D"], scale: Float[Array, " D"], bias: Float[A
     x = x.astype(jnp.float32)
     centred = x - jnp.mean(x, -1, keepdims=True)
     y = centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), -1, keepdims=True) + eps)
-    return (y * scale + bias).astype(current().activations)
+    return (y * _row(scale, y) + _row(bias, y)).astype(current().activations)
+
+
+def _row(v: Array, like: Array) -> Array:
+    return v.reshape((1,) * (like.ndim - 1) + v.shape)

@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tokenizers: text survives, bytes add up, and a run gets the same one again."""
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers
+
+from jaxspeed.config import ConfigError, DataConfig
+from jaxspeed.data import (
+    ByteTokenizer,
+    Corpus,
+    Tokenizer,
+    build_tokenizer,
+    load_tokenizer,
+    open_corpus,
+)
+from jaxspeed.data import tokenize as module
+from jaxspeed.data.tokenize import train_bpe
+
+
+MakeConfig = Callable[..., DataConfig]
+
+TEXTS = [
+    "",
+    "a",
+    "To be, or not to be: that is the question.\n",
+    "caf\u00e9 \u20ac5 \U0001f600\U0001f1e9\U0001f1ea e\u0301 \u0000 \ufffd",
+    " \t\r\n  spaces   \n\n\n",
+    "<|endoftext|> and </s> are text here",
+    "".join(map(chr, random.Random(0).choices(range(0x20, 0xD000), k=2000))),
+]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    cache = str(tmp_path_factory.mktemp("cache"))
+    return open_corpus(DataConfig(cache_dir=cache))
+
+
+@pytest.fixture(scope="module", params=["byte", "bpe", "word piece"])
+def tokenizer(
+    request: pytest.FixtureRequest,
+    corpus: Corpus,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Tokenizer:
+    if request.param == "byte":
+        return ByteTokenizer()
+    if request.param == "bpe":
+        return train_bpe(corpus.train, 600)
+    path = tmp_path_factory.mktemp("word_piece") / "tokenizer.json"
+    write_word_piece(path)
+    return load_tokenizer(path)
+
+
+def write_word_piece(path: Path) -> None:
+    """Writes a tokenizer that drops white space, lowers case and frames its output."""
+    words = ["[UNK]", "[CLS]", "[SEP]", "be", "to", "the", "##s", "text", "a"]
+    vocab = {word: number for number, word in enumerate(words)}
+    made = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocab, unk_token="[UNK]"))
+    made.normalizer = tokenizers.normalizers.Lowercase()
+    made.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    made.post_processor = tokenizers.processors.BertProcessing(
+        ("[SEP]", 2), ("[CLS]", 1)
+    )
+    made.add_special_tokens(["[CLS]", "[SEP]"])
+    made.enable_truncation(3)
+    made.enable_padding()
+    made.save(str(path))
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_ids_are_in_the_vocabulary_and_never_the_end(
+    tokenizer: Tokenizer, text: str
+) -> None:
+    ids = tokenizer.encode(text)
+    assert ids.dtype == np.int32
+    assert ((ids >= 0) & (ids < tokenizer.vocab_size)).all()
+    assert tokenizer.end_id not in ids
+    assert 0 <= tokenizer.end_id < tokenizer.vocab_size
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_bytes_of_the_tokens_add_up_to_the_text(
+    tokenizer: Tokenizer, text: str
+) -> None:
+    ids, num_bytes = tokenizer.encode_with_bytes(text)
+    assert num_bytes is not None
+    np.testing.assert_array_equal(ids, tokenizer.encode(text))
+    assert len(num_bytes) == len(ids) + 1
+    assert (num_bytes >= 0).all()
+    assert num_bytes.sum() == len(text.encode())
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_decoding_gives_the_text_back(corpus: Corpus, text: str) -> None:
+    for tokenizer in (ByteTokenizer(), train_bpe(corpus.train[:1], 300)):
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
+        ended = np.append(ids, tokenizer.end_id)
+        assert tokenizer.decode(ended) == text
+
+
+def test_decoding_stands_any_ids() -> None:
+    assert ByteTokenizer().decode([256, 0xE2, 0x82, 256, 65]) == "\ufffdA"
+    assert ByteTokenizer().decode(np.array([], np.int32)) == ""
+
+
+def test_bytes_are_counted_where_their_token_is(corpus: Corpus) -> None:
+    tokenizer = train_bpe(corpus.train, 600)
+    text = "the question \u20ac the"
+    ids, num_bytes = tokenizer.encode_with_bytes(text)
+    assert num_bytes is not None
+    spelled = [len(tokenizer.decode([i]).encode()) for i in ids[:5]]
+    np.testing.assert_array_equal(num_bytes[:5], spelled)
+
+
+def test_training_is_deterministic_and_keeps_to_its_size(corpus: Corpus) -> None:
+    first, second = train_bpe(corpus.train, 500), train_bpe(corpus.train, 500)
+    assert first.fingerprint == second.fingerprint
+    assert first.vocab_size == 500
+    assert train_bpe(corpus.train, 501).fingerprint != first.fingerprint
+
+
+def test_training_reads_no_more_than_it_says(
+    corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_TRAIN_BYTES", corpus.train[0].num_bytes // 10)
+    count = len(list(module._sample(corpus.train)))
+    assert count == -(-len(corpus.train[0]) // 11)
+
+
+def test_trained_tokenizer_is_kept_and_read_again(
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = DataConfig(tokenizer="bpe")
+    first = build_tokenizer(cfg, corpus, vocab_size=400, workdir=tmp_path / "run")
+    assert (tmp_path / "run" / "tokenizer.json").exists()
+    monkeypatch.setattr(module, "train_bpe", lambda *_: pytest.fail("trained again"))
+    second = build_tokenizer(cfg, corpus, vocab_size=400, workdir=tmp_path / "run")
+    assert first.fingerprint == second.fingerprint
+    assert first.end_id == second.end_id
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "vocab_size", "message"),
+    [
+        ("byte", 256, "it has 257 ids but the model only 256; set model.vocab_size to"),
+        ("bpe", 256, "it needs at least 257 ids"),
+        ("words.json", 8, "it has 9 ids but the model only 8"),
+        ("missing.json", 512, "no such file; give byte, bpe or"),
+        ("bytes", 512, "no such file; give byte, bpe or"),
+        ("broken.json", 512, "is not a tokenizer.json"),
+        ("other.json", 512, "is not a tokenizer.json"),
+        ("endless.json", 512, "no end-of-text token in it"),
+    ],
+)
+def test_tokenizer_that_does_not_fit_is_named(
+    corpus: Corpus, tmp_path: Path, tokenizer: str, vocab_size: int, message: str
+) -> None:
+    write_word_piece(tmp_path / "words.json")
+    (tmp_path / "broken.json").write_text('{"model": {"ty')
+    (tmp_path / "other.json").write_text('{"name": "x"}')
+    endless = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a"))
+    endless.save(str(tmp_path / "endless.json"))
+    path = tokenizer if "." not in tokenizer else str(tmp_path / tokenizer)
+    cfg = DataConfig(tokenizer=path)
+    with pytest.raises(ConfigError, match=message) as caught:
+        build_tokenizer(cfg, corpus, vocab_size=vocab_size, workdir=tmp_path)
+    assert str(caught.value).startswith(f"data.tokenizer={path!r}: ")
+
+
+def test_run_directory_that_cannot_be_written_is_named(
+    corpus: Corpus, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    cfg = DataConfig(tokenizer="bpe")
+    with pytest.raises(ConfigError, match="^workdir=.*cannot be written"):
+        build_tokenizer(cfg, corpus, vocab_size=300, workdir=tmp_path / "file")
+
+
+@pytest.mark.parametrize("named", ["[CLS]", {"content": "[CLS]"}])
+def test_end_token_may_be_named_beside_the_tokenizer(
+    tmp_path: Path, named: object
+) -> None:
+    write_word_piece(tmp_path / "tokenizer.json")
+    assert load_tokenizer(tmp_path / "tokenizer.json").end_id == 2
+    config = tmp_path / "tokenizer_config.json"
+    config.write_text(json.dumps({"eos_token": named}))
+    assert load_tokenizer(tmp_path / "tokenizer.json").end_id == 1
