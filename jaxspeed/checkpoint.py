@@ -247,14 +247,13 @@ class Checkpointer:
         """Turns a failure to write into one line, and clears away what it left."""
         try:
             yield
-        except ConfigError:
-            raise
         except Exception as error:
-            # Not narrower: for a full disk Orbax and TensorStore raise OSError or
-            # ValueError, for other failures RuntimeError and bare Exception.
+            # Not narrower: for a full disk Orbax raises OSError or ValueError, as chance
+            # has it, for other failures RuntimeError and bare Exception.
             self._abandon(step)
+            if not (why := _disk_trouble(error)):
+                raise
             what = "" if step is None else f"step {step} of "
-            why = _reason(error)
             change = "give a --workdir that can be written"
             if why == os.strerror(errno.ENOSPC):
                 change = "free some space, or lower checkpoint.keep"
@@ -398,7 +397,7 @@ def _problem(path: Path, *, checksums: bool = False, only: str = "") -> str:
     except (FileNotFoundError, NotADirectoryError):
         return f"{name} is missing"
     except (OSError, ValueError) as error:
-        return f"{name} cannot be read: {_reason(error)}"
+        return f"{name} cannot be read: {_disk_trouble(error) or error}"
     return ""
 
 
@@ -760,15 +759,13 @@ def _from_first_process(steps: dict[int, bool]) -> dict[int, bool]:
 # Words.
 
 
-def _reason(error: BaseException) -> str:
-    """Returns the reason in a few words; TensorStore's messages fill a screen."""
+def _disk_trouble(error: BaseException) -> str:
+    """Returns what the disk had against it, or "" if it was not the disk."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    text = str(error)
-    for code in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT):
-        if os.strerror(code) in text:
-            return os.strerror(code)
-    return text.strip().partition("\n")[0][:200] or type(error).__name__
+    codes = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+    texts = map(os.strerror, (*codes, errno.EIO, errno.ESTALE, errno.ENOTDIR))
+    return next((text for text in texts if text in str(error)), "")
 
 
 def _list(things: Sequence[object], limit: int = 10) -> str:

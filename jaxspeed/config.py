@@ -13,7 +13,8 @@ import difflib
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Generic, Literal, TypeVar
+from types import UnionType
+from typing import Any, Generic, Literal, TypeVar, get_args, get_origin
 
 
 M = TypeVar("M")
@@ -40,6 +41,30 @@ def suggest(name: str, known: Iterable[str]) -> str:
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
+def _check_types(config: Any, where: str) -> None:
+    """Raises if a value is not what its field's annotation says: nothing else checks a recipe."""
+    for f in dataclasses.fields(config):
+        name, value = f"{where}.{f.name}".lstrip("."), getattr(config, f.name)
+        if get_origin(f.type) is Literal:
+            legal = get_args(f.type)
+            if not any(value == choice and type(value) is type(choice) for choice in legal):
+                raise ConfigError(f"{name}={value!r}: unknown; give one of {list(legal)}.{suggest(str(value), map(str, legal))}")
+        elif not isinstance(f.type, TypeVar) and not _is_of_type(value, f.type):
+            wanted = f.type.__name__ if isinstance(f.type, type) and not get_args(f.type) else str(f.type)
+            change = f"write ({value!r},)" if get_origin(f.type) is tuple and isinstance(value, str) else f"give a {wanted}"
+            raise config_error(name, value, f"a {type(value).__name__} where {wanted} is due", change)
+
+
+def _is_of_type(value: Any, annotation: Any) -> bool:
+    if get_origin(annotation) is tuple:
+        return isinstance(value, tuple) and all(_is_of_type(item, get_args(annotation)[0]) for item in value)
+    if isinstance(annotation, UnionType):
+        return any(_is_of_type(value, choice) for choice in get_args(annotation))
+    if annotation is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return type(value) is int if annotation is int else isinstance(value, annotation)
+
+
 def _positive(where: str, value: float, *, allow_zero: bool = False) -> None:
     if not math.isfinite(value) or value < 0 or (value == 0 and not allow_zero):
         bound = ">= 0" if allow_zero else "> 0"
@@ -58,6 +83,7 @@ class MeshConfig:
     """Shards of each matrix product (Megatron's tensor parallelism)."""
 
     def __post_init__(self) -> None:
+        _check_types(self, "mesh")
         sizes = {axis: getattr(self, axis) for axis in MESH_AXES}
         for axis, size in sizes.items():
             if size == 0 or size < -1:
@@ -102,8 +128,7 @@ class ZeroConfig:
     """At stage 3, a parameter with fewer elements (per layer) is gathered once per step, not layer by layer. DeepSpeed: stage3_param_persistence_threshold (default 100,000)."""
 
     def __post_init__(self) -> None:
-        if self.stage not in (0, 1, 2, 3):
-            raise config_error("zero.stage", self.stage, "ZeRO has stages 0 to 3", "give 0, 1, 2 or 3")
+        _check_types(self, "zero")
         _positive("zero.param_persistence_threshold", self.param_persistence_threshold, allow_zero=True)
 
 
@@ -117,6 +142,9 @@ class DTypeConfig:
     """The residual stream and what is kept for the backward pass. auto: float32 on CPU (where it is faster), compute elsewhere."""
     reduce: Literal["float32", "compute"] = "float32"
     """Gradients on the wire. DeepSpeed: communication_data_type."""
+
+    def __post_init__(self) -> None:
+        _check_types(self, "dtype")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,6 +165,7 @@ class LossScaleConfig:
     """An overflow at this scale ends the run. DeepSpeed: fp16.min_loss_scale."""
 
     def __post_init__(self) -> None:
+        _check_types(self, "loss_scale")
         _positive("loss_scale.static", self.static, allow_zero=True)
         _positive("loss_scale.window", self.window)
         _positive("loss_scale.hysteresis", self.hysteresis)
@@ -177,7 +206,7 @@ class OptimConfig:
     bias_correction: bool = True
     """Divide the moments by 1 - b**t."""
     weight_decay: float = 0.0
-    """Decoupled decay (L2 for adam and sgd)."""
+    """Decoupled decay; for adam, sgd and adagrad it is L2, for lamb it is inside the trust ratio."""
     decay: Literal["matrices", "all"] = "matrices"
     """What is decayed: matrices and embeddings only, or biases and norms too (DeepSpeed's way)."""
     clip_norm: float = 1.0
@@ -196,9 +225,8 @@ class OptimConfig:
     """Newton-Schulz iterations of muon."""
 
     def __post_init__(self) -> None:
-        if self.name not in OPTIMIZER_FIELDS:
-            raise ConfigError(f"optim.name={self.name!r}: no such optimizer; give one of {sorted(OPTIMIZER_FIELDS)}.{suggest(self.name, OPTIMIZER_FIELDS)}")
-        for name in ("lr", "weight_decay", "clip_norm", "eps", "muon_lr", "min_coeff"):
+        _check_types(self, "optim")
+        for name in ("lr", "weight_decay", "clip_norm", "eps", "muon_lr", "min_coeff", "max_coeff"):
             _positive(f"optim.{name}", getattr(self, name), allow_zero=True)
         _positive("optim.ns_steps", self.ns_steps)
         for name in ("b1", "b2", "momentum"):
@@ -232,7 +260,8 @@ class ScheduleConfig:
     """The learning rate over updates. A field that the chosen schedule does not read must keep its default.
 
     warmup, warmup_decay, warmup_cosine, one_cycle and lr_range_test are DeepSpeed's WarmupLR, WarmupDecayLR,
-    WarmupCosineLR, OneCycle and LRRangeTest, formula by formula; `optim.lr` is their maximum.
+    WarmupCosineLR, OneCycle and LRRangeTest, formula by formula; `optim.lr` is their maximum, except
+    that lr_range_test does not read it.
     """
 
     name: ScheduleName = "cosine"
@@ -281,8 +310,7 @@ class ScheduleConfig:
     """DeepSpeed: lr_range_test_staircase."""
 
     def __post_init__(self) -> None:
-        if self.name not in SCHEDULE_FIELDS:
-            raise ConfigError(f"schedule.name={self.name!r}: no such schedule; give one of {sorted(SCHEDULE_FIELDS)}.{suggest(self.name, SCHEDULE_FIELDS)}")
+        _check_types(self, "schedule")
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
             if isinstance(value, (int, float)) and not isinstance(value, bool):
@@ -316,6 +344,7 @@ class DataConfig:
     """Batches prepared ahead of the devices."""
 
     def __post_init__(self) -> None:
+        _check_types(self, "data")
         if not self.path:
             raise config_error("data.path", self.path, "there is nothing to read", "give a file, a folder, tfds:NAME or shakespeare")
         if self.weights and len(self.weights) != len(self.path):
@@ -339,6 +368,7 @@ class CheckpointConfig:
     """Write in the background while training goes on."""
 
     def __post_init__(self) -> None:
+        _check_types(self, "checkpoint")
         _positive("checkpoint.every", self.every, allow_zero=True)
         _positive("checkpoint.keep", self.keep, allow_zero=True)
 
@@ -359,12 +389,14 @@ class EvalConfig:
     """Of the sample; 0 is greedy."""
 
     def __post_init__(self) -> None:
+        _check_types(self, "eval")
         for name in ("every", "batches", "sample_tokens", "temperature"):
             _positive(f"eval.{name}", getattr(self, name), allow_zero=True)
 
 
-REMAT_POLICIES = ("none", "full", "dots", "attention")
-ATTENTION_IMPLEMENTATIONS = ("auto", "xla", "cudnn", "splash")
+RematPolicy = Literal["none", "full", "dots", "attention"]
+
+REMAT_POLICIES = get_args(RematPolicy)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -401,7 +433,7 @@ class RunConfig(Generic[M]):
     """Saving."""
     eval: EvalConfig = field(default_factory=EvalConfig)
     """Held-out evaluation and samples."""
-    remat: Literal["none", "full", "dots", "attention"] = "none"
+    remat: RematPolicy = "none"
     """What is computed again in the backward pass: none; full (keep only each layer's input); dots (keep matrix products); attention (keep what attention reads and gives)."""
     attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
     """Attention kernel; auto takes the fastest that device, dtype and shape allow, and says which."""
@@ -427,15 +459,13 @@ class RunConfig(Generic[M]):
     """This process, 0 to num_processes - 1, with coordinator."""
 
     def __post_init__(self) -> None:
+        _check_types(self, "")
         for name in ("steps", "seq_len", "log_every"):
             _positive(name, getattr(self, name))
         for name in ("global_batch_size", "micro_batch_size", "accumulate"):
             if getattr(self, name) is not None:
                 _positive(name, getattr(self, name))
         _positive("virtual_devices", self.virtual_devices, allow_zero=True)
-        for name, legal in (("remat", REMAT_POLICIES), ("attention", ATTENTION_IMPLEMENTATIONS), ("resume", ("auto", "never", "must"))):
-            if getattr(self, name) not in legal:
-                raise ConfigError(f"{name}={getattr(self, name)!r}: unknown; give one of {list(legal)}.{suggest(str(getattr(self, name)), legal)}")
 
     def validate(self, device_count: int) -> "BatchShape":
         """Checks the classes against each other and against the devices; returns the batch sizes.
@@ -451,6 +481,8 @@ class RunConfig(Generic[M]):
             raise ConfigError(f"loss_scale has no effect with dtype.compute={self.dtype.compute!r}; remove it, or set dtype.compute float16")
         if bool(self.coordinator) != (self.num_processes > 0) or bool(self.coordinator) != (self.process_id >= 0):
             raise ConfigError("coordinator, num_processes and process_id go together; give all three or none")
+        if self.process_id >= max(1, self.num_processes):
+            raise config_error("process_id", self.process_id, f"there are num_processes={self.num_processes}", f"give 0 to {self.num_processes - 1}")
         return resolve_batch(self.global_batch_size, self.micro_batch_size, self.accumulate, math.prod(sizes[axis] for axis in BATCH_AXES))
 
 
@@ -486,20 +518,18 @@ def resolve_batch(global_size: int | None, micro: int | None, accumulate: int | 
     parts = [f"{shards} batch shards of the mesh"]
     parts += [f"micro_batch_size={micro}"] if micro is not None else []
     parts += [f"accumulate={accumulate}"] if accumulate is not None else []
+    if micro is not None and accumulate is not None and global_size != divisor:
+        raise ConfigError(
+            f"global_batch_size={global_size} is not {' x '.join(parts)} = {divisor}; "
+            f"set global_batch_size to {divisor}, or leave one of the three out"
+        )
     if global_size % divisor:
         low = global_size // divisor * divisor
         nearest = f"{low} or {low + divisor}" if low else f"{divisor}"
         raise ConfigError(f"global_batch_size={global_size} does not divide by {' x '.join(parts)} = {divisor}; nearest legal: {nearest}")
     rest = global_size // divisor
-    if micro is not None and accumulate is not None:
-        if rest != 1:
-            raise ConfigError(
-                f"global_batch_size={global_size} is not {' x '.join(parts)} = {divisor}; "
-                f"set global_batch_size to {divisor}, or leave one of the three out"
-            )
-        return BatchShape(global_size, micro, accumulate, shards)
     if micro is not None:
-        return BatchShape(global_size, micro, rest, shards)
+        return BatchShape(global_size, micro, accumulate or rest, shards)
     return BatchShape(global_size, rest, accumulate or 1, shards)
 
 

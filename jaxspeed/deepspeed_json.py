@@ -2,10 +2,9 @@
 """Reads a DeepSpeed JSON: every key is mapped, not needed, or refused with a reason.
 
 `explain` answers key by key, `apply_deepspeed` puts the mapped ones into a `RunConfig`.
-The answers to single keys are in `jaxspeed.deepspeed_keys`; here is what needs several:
-the optimizer and the scheduler, defaults of DeepSpeed that a JSON leaves unsaid, and
-keys that contradict each other. Not here: anything of PyTorch; nothing is imported or
-run to read a JSON.
+The table of keys is `jaxspeed.deepspeed_keys`; here is the walk, and what needs several
+keys: parameters that depend on each other, defaults of DeepSpeed that a JSON leaves
+unsaid, contradictions. Not here: anything of DeepSpeed or PyTorch; neither is needed.
 
 The one design decision: a JSON is taken whole. What it does not say has DeepSpeed's
 default where that changes the training, and stands in the answers as `KEY (default)`.
@@ -155,9 +154,6 @@ def answers_table(answers: list[Answer]) -> Table:
             Text(both or answer.to or answer.why, overflow="fold"),
         )
     return table
-
-
-# Walking a JSON.
 
 
 class _State(NamedTuple):
@@ -317,11 +313,11 @@ def _answer(
     if state:
         _answer_in_state(r, rule, key, value, state)
         return
+    if value is None and (rule.status != "mapped" or None in rule.off):
+        r.add(key, "not_needed", "", "null is DeepSpeed's default", value)
+        return
     if _among(value, rule.off):
         r.add(key, "not_needed", "", rule.off_why, value)
-        return
-    if value is None and rule.status != "mapped":
-        r.add(key, "not_needed", "", "null is DeepSpeed's default", value)
         return
     try:
         converted = rule.kind(value)
@@ -469,9 +465,6 @@ def _fill(
         r.assign(key, {"schedule.total_steps": 0}, why, 0)
 
 
-# What needs several keys.
-
-
 def _compute(r: _Reading) -> str | None:
     """Returns the compute dtype, or None if only the recipe knows it."""
     if "dtype.compute" in r.fields:
@@ -545,7 +538,7 @@ def _say_defaults(r: _Reading) -> None:
         stays("train_batch_size", "global_batch_size")
     stays("optimizer", "optim.name")
     stays("scheduler", "schedule.name")
-    clip = "DeepSpeed's default from 0.19 on; 0, that of earlier releases, is off"
+    clip = "DeepSpeed's default since 0.19.3; 0, that of earlier releases, is off"
     default("gradient_clipping", "optim.clip_norm", 1.0, clip)
     if "zero_optimization" not in bad:
         default("zero_optimization.stage", "zero.stage", 0, "DeepSpeed's default")
@@ -567,14 +560,12 @@ def _raise_problems(r: _Reading) -> None:
     if not problems:
         return
     key, why = problems[0].key, problems[0].why
-    secret = key.endswith("api_key")
+    secret = re.search("api_?key|token|secret|password", key, re.IGNORECASE)
     value = "..." if secret else _show(r.values[key])
     more = len(problems) - 1
     rest = f" ({more} more: jaxspeed config explain lists them)" if more else ""
     raise ConfigError(f"deepspeed {key}={value}: {why}{rest}")
 
-
-# Into a RunConfig.
 
 _BATCH = ("global_batch_size", "micro_batch_size", "accumulate")
 
@@ -623,9 +614,6 @@ def _batch(
         known = "global_batch_size" if run.global_batch_size else "micro_batch_size"
         sizes[known] = getattr(run, known)
     return sizes
-
-
-# Text.
 
 
 def _object(ds: Any, where: str) -> Mapping[str, Any]:

@@ -8,6 +8,7 @@ what is legal. Not here: any key of DeepSpeed's, and how a JSON is walked
 """
 
 import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
@@ -123,7 +124,8 @@ def number(
 
     def check(value: Any) -> float:
         legal = isinstance(value, int | float) and not isinstance(value, bool)
-        if not legal or not low <= value <= high or not -math.inf < value < below:
+        legal = legal and abs(value) <= sys.float_info.max
+        if not legal or not low <= value <= high or not value < below:
             raise ValueError(f"must be a number{bounds}")
         return value
 
@@ -249,7 +251,8 @@ def must_be_off(
         on: `Section.on`.
     """
     keys: dict[str, Node] = {"enabled": SWITCH} if switch == "enabled" else {}
-    return Section(table(keys | {names: IGNORED} | (parts or {})), switch, off, on, why)
+    keys |= {names: IGNORED, **(parts or {})}
+    return Section(table(keys), switch, off, on, why)
 
 
 SIZE, COUNT, AMOUNT, DECAY = whole(0), whole(1), number(0), number(0, below=1)

@@ -36,17 +36,17 @@ def initialize(
     config: str | Path | Mapping[str, Any] | RunConfig,
     loss_fn: LossFn = next_token_loss,
     devices: Sequence[Any] | None = None,
-    seed: int = 0,
+    seed: int | None = None,
 ) -> "Engine":
     """Returns an engine that trains `model` as `config` says.
 
     Args:
         model: a family's Config (its parameters are made in their shards), a function
-            `nnx.Rngs -> nnx.Module` (likewise), or an nnx.Module (its parameters are moved).
-        config: a DeepSpeed JSON (path or dict), or a RunConfig.
+            `nnx.Rngs -> nnx.Module` or a class (likewise), or an nnx.Module (its parameters are copied).
+        config: a DeepSpeed JSON (path or dict), or a RunConfig (`model` takes the place of its model).
         loss_fn: `(model, batch) -> (sum, count)`; by default the next-token loss.
         devices: all by default.
-        seed: of initialisation and dropout, with a DeepSpeed JSON.
+        seed: of initialisation and dropout, with a DeepSpeed JSON (default 0); a RunConfig has its own.
 
     Raises:
         ConfigError: a setting cannot be, with what to change.
@@ -65,16 +65,20 @@ def initialize(
     answers: list[Answer] = []
     make_model, values = _maker(model)
     if isinstance(config, RunConfig):
-        run = config
+        if seed is not None:
+            raise ConfigError(f"seed={seed} has no effect with a RunConfig, which has its own; set RunConfig.seed")
+        run = dataclasses.replace(config, model=model) if make_model is None else config
     else:
         ds = config if isinstance(config, Mapping) else load_deepspeed_json(config)
         length = getattr(model, "max_seq_len", 1024)
-        base = RunConfig(model=model, steps=1, seq_len=length, schedule=ScheduleConfig(name="constant"), seed=seed)
+        base = RunConfig(model=model, steps=1, seq_len=length, schedule=ScheduleConfig(name="constant"), seed=seed or 0)
         run, answers = apply_deepspeed(base, ds)
     program = build_program(run, make_model=make_model, loss_fn=loss_fn, devices=devices)
     state = program.init_state()
     if values is not None:
-        state["params"] = jax.tree.map(jax.device_put, values, program.shardings["params"])
+        # Copies, since the first step takes over (donates) the state.
+        move = lambda x, sharding: jax.device_put(np.asarray(x, np.float32), sharding, may_alias=False)  # noqa: E731
+        state["params"] = jax.tree.map(move, values, program.shardings["params"])
     return Engine(program, state, answers)
 
 
@@ -89,7 +93,7 @@ class Engine:
         """What became of each key of the DeepSpeed JSON."""
         self._micro: list[MicroLoss] = []
         self._metrics: dict[str, jax.Array] | None = None
-        self._skipped_before = 0
+        self._skipped_before: int | jax.Array = 0
 
     @property
     def params(self) -> Params:
@@ -118,15 +122,22 @@ class Engine:
         Raises:
             ConfigError: the number of rows does not fit.
         """
-        device_batch = self.program.put_batch({n: np.asarray(x) for n, x in batch.items()})
-        self._skipped_before = self.skipped_steps if self._metrics is None else self._skipped_now()
+        device_batch = self.program.put_batch(_rows(batch))
+        # Not read here, so that the host does not wait for the last step.
+        self._skipped_before = self.skipped_steps if self._metrics is None else self._metrics["train/skipped"]
         self.state, metrics = self.program.train_step(self.state, device_batch)
         self._metrics = metrics
         return metrics
 
     def __call__(self, batch: HostBatch) -> "MicroLoss":
-        """Returns the loss of one micro-batch (micro_batch_size rows per batch shard) as a handle for `backward`."""
-        return MicroLoss(self, {n: np.asarray(x) for n, x in batch.items()})
+        """Returns the loss of one micro-batch (micro_batch_size rows per batch shard) as a handle for `backward`.
+
+        Raises:
+            ConfigError: the number of rows does not fit.
+        """
+        rows = _rows(batch)
+        self.program.micro.check_rows(rows)
+        return MicroLoss(self, rows)
 
     forward = __call__
 
@@ -134,7 +145,8 @@ class Engine:
         """Adds a micro-batch to the update that `step` will make.
 
         Raises:
-            ConfigError: `loss` is not what this engine returned, or the accumulation is already complete.
+            ConfigError: `loss` is not what this engine returned, was counted before, has other arrays than
+                the micro-batches before it, or the accumulation is already complete.
         """
         if not isinstance(loss, MicroLoss) or loss.engine is not self:
             raise ConfigError(
@@ -142,6 +154,13 @@ class Engine:
             )
         if len(self._micro) == self.program.batch.accumulate:
             raise ConfigError(f"backward: {len(self._micro)} micro-batches are waiting already (accumulate); call engine.step() after each backward")
+        if loss.counted:
+            raise ConfigError("backward: this micro-batch was counted already; call loss = engine(batch) for each backward")
+        if self._micro and _form(loss.batch) != _form(self._micro[0].batch):
+            raise ConfigError(
+                f"backward: a micro-batch of {_form(loss.batch)} cannot join one of {_form(self._micro[0].batch)} in one update; pad them alike"
+            )
+        loss.counted = True
         self._micro.append(loss)
         return loss
 
@@ -164,7 +183,7 @@ class Engine:
 
     def eval_batch(self, batch: HostBatch) -> float:
         """Returns the mean loss of a global batch, without dropout or gradients."""
-        rows = {n: np.asarray(x) for n, x in batch.items()}
+        rows = _rows(batch)
         sums = self.program.eval_step(self.params, self.program.put_batch(rows, training=False))
         return float(sums.total / jnp.maximum(sums.count, 1.0))
 
@@ -178,14 +197,14 @@ class Engine:
 
     def was_step_applied(self) -> bool:
         """Whether the last update changed the parameters (False: a gradient was not finite)."""
-        return self._skipped_now() == self._skipped_before
+        return int(self._last()["train/skipped"]) == int(self._skipped_before)
 
     def first_nonfinite(self, batch: HostBatch) -> str | None:
         """Returns the path of the first parameter whose gradient on this batch is not finite, or None.
 
         It costs a forward and backward pass; use it to find out why a step was skipped.
         """
-        return first_nonfinite(self.program, self.state, {n: np.asarray(x) for n, x in batch.items()})
+        return first_nonfinite(self.program, self.state, _rows(batch))
 
     def save_checkpoint(self, directory: str | Path, client_state: Mapping[str, Any] | None = None) -> int:
         """Saves the whole train state, to be called by every process; returns its step. Returns when it is on disk.
@@ -220,9 +239,6 @@ class Engine:
             raise ConfigError("no update has been made yet; call train_batch or the three calls first")
         return self._metrics
 
-    def _skipped_now(self) -> int:
-        return int(self._last()["train/skipped"])
-
 
 class MicroLoss:
     """The loss of one micro-batch, computed when it is read.
@@ -234,6 +250,7 @@ class MicroLoss:
         """Keeps the micro-batch for `Engine.backward`."""
         self.engine = engine
         self.batch = batch
+        self.counted = False
         self._settled: tuple[jax.Array, int] | None = None
         self._value: float | None = None
 
@@ -247,12 +264,15 @@ class MicroLoss:
             return float(self._settled[0][self._settled[1]])
         if self._value is None:
             program = self.engine.program
-            one = dataclasses.replace(program, batch=dataclasses.replace(program.batch, global_size=program.batch.micro_size * program.batch.shards, accumulate=1))
-            sums = program.eval_step(self.engine.params, one.put_batch(self.batch, training=False))
+            sums = program.eval_step(self.engine.params, program.micro.put_batch(self.batch, training=False))
             self._value = float(sums.total / jnp.maximum(sums.count, 1.0))
         return self._value
 
     __float__ = item
+
+    def __format__(self, spec: str) -> str:
+        """Formats the value, so that f"{loss:.3f}" works."""
+        return format(self.item(), spec)
 
     def __repr__(self) -> str:
         """Shows the value."""
@@ -275,14 +295,30 @@ def first_nonfinite(program: Program, state: State, rows: Mapping[str, np.ndarra
     return None
 
 
-def _maker(model: Any) -> tuple[Callable[[Any], Any], Params | None]:
-    """Returns (function of nnx.Rngs that makes the model, its parameters if it exists already)."""
-    if hasattr(model, "build"):
-        return model.build, None
+def _rows(batch: HostBatch) -> dict[str, np.ndarray]:
+    if not isinstance(batch, Mapping):
+        raise ConfigError(f"batch is a {type(batch).__name__}: give a dict of arrays, such as {{'inputs': ...}}")
+    return {name: np.asarray(array) for name, array in batch.items()}
+
+
+def _form(batch: Mapping[str, np.ndarray]) -> dict[str, str]:
+    """Returns the dtype and shape of each array."""
+    return {name: f"{array.dtype}{list(array.shape)}" for name, array in sorted(batch.items())}
+
+
+def _maker(model: Any) -> tuple[Callable[[Any], Any] | None, Params | None]:
+    """Returns (function of nnx.Rngs that makes the model, or None for a Config; its parameters if it exists already)."""
     if nn.is_module(model):
         graphdef, params, _ = nn.split(model)
-        return lambda rngs: nn.merge(graphdef, params), params
-    if callable(model) and len(inspect.signature(model).parameters) == 1:
+        # The values come later: a program that held them would hold them twice.
+        return lambda rngs: nn.merge(graphdef, jax.tree.map(lambda p: jnp.zeros(p.shape, p.dtype), params)), params
+    if hasattr(model, "build"):
+        if not inspect.isclass(model):
+            return None, None
+    elif callable(model):
+        function = model.__init__ if inspect.isclass(model) else model
+        if "rngs" in inspect.signature(function).parameters:
+            return lambda rngs: model(rngs=rngs), None
         return model, None
     raise ConfigError(
         f"model={type(model).__name__}: not a model; give a family's Config (models.gpt2.Config(...)), an nnx.Module, or a function of nnx.Rngs"

@@ -382,7 +382,7 @@ class _Computation:
         found: dict[str, list[_Instruction]] = {n: [] for n in self.instructions}
         for instruction in self.instructions.values():
             for operand in dict.fromkeys(instruction.operands):
-                found[operand].append(instruction)
+                found.setdefault(operand, []).append(instruction)
         return found
 
 

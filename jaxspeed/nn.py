@@ -74,18 +74,12 @@ def split(model: nnx.Module) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     with None for a parameter that has no names.
 
     Raises:
-        ConfigError: the model holds state that is not a parameter (batch statistics, say).
+        ConfigError: it is not a model, or it holds what the step does not train (batch statistics, say).
     """
+    if not isinstance(model, nnx.Module):
+        raise ConfigError(f"model is a {type(model).__name__}, not an nnx.Module; give one, or a function that returns one")
     graphdef, state, rest = nnx.split(model, nnx.Param, ...)
-    others = [(path, v) for path, v in nnx.to_flat_state(rest) if not isinstance(v, nnx.RngState)]
-    if others:
-        path, variable = others[0]
-        raise ConfigError(
-            f"model.{'.'.join(map(str, path))} is a {type(variable).__name__}: the step trains parameters (nnx.Param) only; "
-            "use a layer without running statistics, such as LayerNorm"
-        )
-    if nnx.to_flat_state(rest):
-        raise ConfigError("model holds random-number state (nnx.Rngs); use jaxspeed.ops.dropout, which takes its key from the step")
+    _refuse_untrainable(model, graphdef, state, rest)
     dims = jax.tree.map(_dims_of, state, is_leaf=lambda v: isinstance(v, nnx.Variable))
     return graphdef, nnx.to_pure_dict(state), _plain(dims)
 
@@ -108,8 +102,9 @@ def abstract(make_model: Callable[[], nnx.Module]) -> tuple[Any, dict[str, Any],
 
 
 def initialise(make_model: Callable[[], nnx.Module]) -> dict[str, Any]:
-    """Returns the parameters of a new model; to be called under jit with out_shardings."""
-    return nnx.to_pure_dict(nnx.state(make_model(), nnx.Param))
+    """Returns the parameters of a new model, as float32 masters; to be called under jit with out_shardings."""
+    params = nnx.to_pure_dict(nnx.state(make_model(), nnx.Param))
+    return jax.tree.map(lambda p: p.astype(jnp.float32), params)
 
 
 def is_module(x: Any) -> bool:
@@ -119,7 +114,34 @@ def is_module(x: Any) -> bool:
 
 def rngs(key: jax.Array) -> nnx.Rngs:
     """Returns the NNX random streams that start from this key."""
-    return nnx.Rngs(params=key)
+    # `default` serves streams of any name, so that a model with nnx.Dropout gets as far as `split`.
+    return nnx.Rngs(params=key, default=key)
+
+
+def _refuse_untrainable(model: nnx.Module, graphdef: Any, state: Any, rest: Any) -> None:
+    """Raises if the model holds arrays that are not real-valued parameters, or no parameter."""
+    dotted = lambda path: "model." + ".".join(map(str, path))  # noqa: E731
+    others = [(path, v) for path, v in nnx.to_flat_state(rest) if not isinstance(v, nnx.RngState)]
+    arrays = [path for path, v in others if not isinstance(v, nnx.Variable)]
+    # While tracing, flax 0.12 takes a plain array for a static attribute.
+    arrays += [(name,) for name, v in graphdef.attributes if isinstance(getattr(v, "value", None), jax.Array)]
+    if arrays:
+        raise ConfigError(f"{dotted(arrays[0])} is an array but not a parameter; make it an nnx.Param, or compute it in __call__")
+    if others:
+        path, variable = others[0]
+        raise ConfigError(
+            f"{dotted(path)} is a {type(variable).__name__}: the step trains parameters (nnx.Param) only; "
+            "use a layer without running statistics, such as LayerNorm"
+        )
+    if nnx.to_flat_state(rest):
+        raise ConfigError("model holds random-number state (nnx.Rngs); use jaxspeed.ops.dropout, which takes its key from the step")
+    params = nnx.to_flat_state(state)
+    if not params:
+        raise ConfigError(f"model {type(model).__name__} has no parameters; hold them as nnx.Param, and layers as nnx.Module attributes")
+    for path, variable in params:
+        dtype = variable.get_value().dtype
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise ConfigError(f"{dotted(path)} is an nnx.Param of {dtype}: only real numbers are trained; compute it in __call__ instead")
 
 
 def _dims_of(variable: nnx.Variable) -> Any:

@@ -96,19 +96,38 @@ class Program:
         held = np.unique(np.broadcast_to(shards, self.mesh.devices.shape).reshape(-1)[np.asarray(mine)])
         return int(held[0]) // len(held), self.batch.shards // len(held)
 
+    @functools.cached_property
+    def micro(self) -> "Program":
+        """This program with one micro-step's rows for its global batch."""
+        rows = self.batch.micro_size * self.batch.shards
+        return dataclasses.replace(self, batch=dataclasses.replace(self.batch, global_size=rows, accumulate=1))
+
+    def check_rows(self, rows: Mapping[str, np.ndarray]) -> None:
+        """Checks that each array has this process's share of the global batch for its first dim.
+
+        Raises:
+            ConfigError: names the first array that does not.
+        """
+        if not rows:
+            raise ConfigError("batch is empty; give at least one array, such as {'inputs': (rows, seq_len) of int32}")
+        count = self.process_rows[1]
+        expected = self.batch.global_size // count
+        for name, array in rows.items():
+            if array.dtype.kind in "OUSMm":
+                raise ConfigError(f"batch[{name!r}] holds {array.dtype}, which no device computes with; leave it out, or give numbers")
+            if array.shape[:1] != (expected,):
+                raise ConfigError(
+                    f"batch[{name!r}] has shape {array.shape}: its first dim must be {expected}, this process's share of "
+                    f"{self.batch.global_size} rows over {count} process{'es' if count > 1 else ''}"
+                )
+
     def put_batch(self, rows: Mapping[str, np.ndarray], *, training: bool = True) -> dict[str, jax.Array]:
         """Puts this process's rows of a global batch on its devices: (A, B, T) for training, else (B, T).
 
         Raises:
-            ConfigError: the number of rows is not this process's share of global_batch_size.
+            ConfigError: see `check_rows`.
         """
-        expected = self.batch.global_size // self.process_rows[1]
-        for name, array in rows.items():
-            if array.shape[0] != expected:
-                raise ConfigError(
-                    f"batch[{name!r}] has {array.shape[0]} rows; this process feeds {expected} per update "
-                    f"(global_batch_size={self.batch.global_size} over {self.process_rows[1]} processes)"
-                )
+        self.check_rows(rows)
         if not training:
             sharding = NamedSharding(self.mesh, P(BATCH_AXES))
             return {n: jax.make_array_from_process_local_data(sharding, np.asarray(x)) for n, x in rows.items()}
@@ -129,7 +148,7 @@ def build_program(
 
     Args:
         run: the configuration.
-        make_model: `nnx.Rngs -> model`; by default `run.model.build`.
+        make_model: `nnx.Rngs -> model`, where it is not `run.model.build`.
         loss_fn: what to minimise.
         devices: to run (or only compile) on; all devices by default.
         seq_len: tokens per sequence, where it is not `run.seq_len`.
@@ -141,6 +160,7 @@ def build_program(
     batch = run.validate(len(devices))
     sizes = run.mesh.sizes(len(devices))
     mesh = build_mesh(sizes, devices)
+    custom = make_model is not None
     make_model = make_model or run.model.build
     graphdef, params, dims = nn.abstract(lambda: make_model(nn.rngs(jax.random.key(0))))
     placements = place_all(params, dims, sizes, run.zero)
@@ -158,7 +178,7 @@ def build_program(
         loss_fn=loss_fn,
         reduce_dtype=jnp.dtype(jnp.float32) if run.dtype.reduce == "float32" else compute,
         seed_scale=2.0 ** -round(math.log2(batch.global_size * (seq_len or run.seq_len))),
-        dropout=getattr(run.model, "dropout", 0.0) > 0.0,
+        dropout=custom or getattr(run.model, "dropout", 1.0) > 0.0,
     )  # fmt: skip
     schedule = make_schedule(run.schedule, run.optim.lr, run.steps)
     masters = jax.tree.map(lambda place: NamedSharding(mesh, place.spec("master")), placements, is_leaf=is_placement)

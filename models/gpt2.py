@@ -169,6 +169,8 @@ class GPT2(nnx.Module):
     ) -> Float[Array, "B T D"]:
         """Returns the normalised last hidden states."""
         if positions is None:
+            if inputs.shape[1] > (limit := self.positions.shape[0]):
+                raise ValueError(f"inputs have {inputs.shape[1]} tokens; the model has {limit} positions; raise model.max_seq_len")
             positions = jnp.broadcast_to(jnp.arange(inputs.shape[1]), inputs.shape)
         x = ops.embed(self.embed[...], inputs) + ops.embed(self.positions[...], positions)
         x = ops.dropout(x, self.dropout, site=2)

@@ -139,8 +139,30 @@ def test_state_is_bit_equal_on_another_mesh_and_stage(
     assert jax.tree.structure(restored) == jax.tree.structure(like)
     for got, want in zip(jax.tree.leaves(restored), jax.tree.leaves(like), strict=True):
         assert (got.sharding, got.dtype) == (want.sharding, want.dtype)
-    draws = [jax.random.bits(s["key"], (4,)) for s in (restored, state)]
-    np.testing.assert_array_equal(*map(np.asarray, draws))
+    got, want = (jax.random.bits(s["key"], (4,)) for s in (restored, state))
+    np.testing.assert_array_equal(got, want)
+
+
+OPTIMIZERS = {
+    "muon": optax.contrib.muon(1e-3),
+    "adafactor": optax.adafactor(1e-3, min_dim_size_to_factor=4),
+    "masked": optax.masked(optax.adam(1e-3), {"w": True, "b": False}),
+    "accumulated": optax.MultiSteps(optax.lion(1e-3), 2),
+}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_nested_optimizer_states_come_back(
+    tmp_path: Path, mesh: Callable[..., Mesh], optimizer: str
+) -> None:
+    params = {"w": jnp.ones((8, 8)), "b": jnp.ones(3)}
+    state = {"params": params, "opt": OPTIMIZERS[optimizer].init(params)}
+    state = jax.device_put(state, NamedSharding(mesh(fsdp=2), P()))
+    with opened(tmp_path) as c:
+        c.save(1, state, meta={})
+        restored, _ = c.restore(1, abstract(state))
+    assert jax.tree.structure(restored) == jax.tree.structure(state)
+    assert_same(restored, numbers(state))
 
 
 @pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
@@ -173,7 +195,7 @@ def test_state_may_be_donated_as_soon_as_save_returns(
         donate_argnums=0,
         out_shardings=sharding,
     )
-    jax.block_until_ready(step(make(0.0)))  # compiled
+    like = {"params": abstract(jax.block_until_ready(step(make(0.0))))}  # compiles
     with Checkpointer(tmp_path, keep=0, asynchronous=asynchronous) as c:
         for n in range(3):
             params = jax.block_until_ready(make(float(n)))
@@ -182,7 +204,7 @@ def test_state_may_be_donated_as_soon_as_save_returns(
                 params = step(params)
             jax.block_until_ready(params)
         for n in range(3):
-            restored, _ = c.restore(n, {"params": abstract(params)})
+            restored, _ = c.restore(n, like)
             for i, (_, array) in enumerate(sorted(restored["params"].items())):
                 np.testing.assert_array_equal(np.asarray(array), n + i)
 
@@ -462,6 +484,16 @@ def test_failure_in_the_background_is_raised_at_the_next_call(
         monkeypatch.setattr(checkpoint._MetaHandler, "finalize", full)
 
     assert_full_disk_is_survived(tmp_path, state, fill, monkeypatch.undo)
+
+
+def test_error_that_is_not_the_disks_is_not_blamed_on_it(
+    tmp_path: Path, state: PyTree
+) -> None:
+    scale = state["params"]["scale"]
+    with opened(tmp_path) as c:
+        with pytest.raises(ValueError, match="zero size.*name=w,"):
+            c.save(1, {"params": {"w": scale[:0]}}, meta={})
+        assert c.save(1, state, meta={})
 
 
 def test_unwritable_directory_is_one_line_at_once(

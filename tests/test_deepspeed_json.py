@@ -69,8 +69,6 @@ def message(ds: Mapping[str, Any], run: RunConfig[Any] = RUN) -> str:
     return str(caught.value)
 
 
-# Whole files.
-
 ZERO2: dict[str, Any] = json.loads("""
 {
   "fp16": {
@@ -294,9 +292,6 @@ def test_bert_json_with_one_bit_adam_is_refused() -> None:
     )
 
 
-# Faithfulness in detail.
-
-
 def test_adam_is_adamw_unless_told_otherwise() -> None:
     assert apply({"optimizer": {"type": "Adam"}}).optim.name == "adamw"
     l2 = choice("optimizer", "adam", adam_w_mode=False, weight_decay=0.1)
@@ -514,9 +509,6 @@ def test_contradiction_with_the_recipe_is_one_line() -> None:
     assert "both -1" in message(ds, recipe)
 
 
-# Files.
-
-
 def write(path: Path, content: str | bytes) -> Path:
     file = path / "ds.json"
     file.write_bytes(content.encode() if isinstance(content, str) else content)
@@ -574,9 +566,6 @@ def test_missing_file_is_one_line(name: str) -> None:
         load_deepspeed_json(name)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 250
-
-
-# Output.
 
 
 def test_answers_as_json_and_as_a_table() -> None:

@@ -3,8 +3,10 @@
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,7 +22,7 @@ from jaxspeed.deepspeed_json import (
     explain,
 )
 from jaxspeed.deepspeed_keys import KEYS
-from jaxspeed.deepspeed_rules import Choice, Node, Rule
+from jaxspeed.deepspeed_rules import Choice, Node, Rule, Section
 
 
 @dataclass(frozen=True)
@@ -568,7 +570,7 @@ def test_typo_in_parameters_names_the_type() -> None:
 def test_unknown_key_is_shown_short_and_on_one_line() -> None:
     text = message({"zzz": {"text": "a\nb" * 500}})
     assert len(text) < 200
-    assert "secret" not in message({"comet": {"enabled": "x", "api_key": "secret"}})
+    assert "hidden" not in message({"comet": {"apikey": "hidden"}})
 
 
 WRONG = [
@@ -577,6 +579,7 @@ WRONG = [
     ("train_batch_size", 32.5, "whole number"),
     ("train_batch_size", True, "whole number"),
     ("train_batch_size", [32], "whole number"),
+    ("train_batch_size", 10**400, "whole number"),
     ("gradient_clipping", -1, "at least 0"),
     ("gradient_clipping", None, "number"),
     ("gradient_clipping", math.nan, "number"),
@@ -659,18 +662,66 @@ def test_illegal_loss_scale_names_key(name: str, value: object) -> None:
     assert text.startswith(f"deepspeed fp16.{name}=")
 
 
-def test_mapped_fields_exist_and_take_what_the_table_gives() -> None:
-    def rules(keys: Mapping[str, Node]) -> Iterator[Rule]:
-        for node in keys.values():
-            if isinstance(node, Rule):
-                yield node
-            elif isinstance(node, Choice):
-                for option in node.options.values():
-                    yield from option.params.values()
-            else:
-                yield from rules(node.keys)
+def rules(keys: Mapping[str, Node]) -> Iterator[Rule]:
+    for node in keys.values():
+        if isinstance(node, Rule):
+            yield node
+        elif isinstance(node, Choice):
+            for option in node.options.values():
+                yield from option.params.values()
+        else:
+            yield from rules(node.keys)
 
+
+def test_mapped_fields_exist_and_take_what_the_table_gives() -> None:
     known = dict(leaves(to_dict(RUN)))
     fields = {name for rule in rules(KEYS) for name in rule.fields}
     assert fields <= known.keys()
     assert len(fields) > 45
+
+
+def test_keys_of_sections_without_a_default_are_answered() -> None:
+    ds = {
+        "zero_optimization": {
+            "zenflow": {
+                "topk_ratio": 0.1, "select_strategy": "auto", "select_interval": "auto",
+                "update_interval": "auto", "overlap_step": False, "offload": False,
+                "auto_ratio": 0.99, "full_warm_up_rounds": 0,
+                "pt_reserved_cores_perc": 0.5,
+            }
+        },
+        "weight_quantization": {
+            "num_bits": 8, "q_type": "symmetric", "q_groups": 1,
+            "quantized_initialization": {}, "post_init_quant": {},
+        },
+    }  # fmt: skip
+    answers = [a for a in explain(ds) if not a.key.endswith("(default)")]
+    assert {a.status for a in answers} == {"refused"}
+    assert len(answers) == 9 + 5
+
+
+def rule_of(key: str) -> Rule:
+    """Returns the rule of a key, of a parameter that of the first type that has it."""
+    keys: Mapping[str, Node] = KEYS
+    *path, name = key.split(".")
+    for part in path:
+        node = keys[part]
+        if isinstance(node, Choice):
+            return next(
+                o.params[name] for o in node.options.values() if name in o.params
+            )
+        assert isinstance(node, Section)
+        keys = node.keys
+    rule = keys[name]
+    assert isinstance(rule, Rule)
+    return rule
+
+
+def test_names_on_the_documentation_page_are_those_of_the_table() -> None:
+    page = Path(__file__).parents[1].joinpath("docs", "deepspeed.md").read_text("utf-8")
+    names = page.partition("## Names")[2].partition("## ")[0]
+    rows = re.findall(r"^\| `(\S+)` \| (`.*`) \|$", names, re.MULTILINE)
+    fields = {key: tuple(to.replace("`", "").split()) for key, to in rows}
+    assert fields == {key: rule_of(key).fields for key in fields}
+    mapped = {f for rule in rules(KEYS) for f in rule.fields}
+    assert mapped == {f for each in fields.values() for f in each}

@@ -135,7 +135,7 @@ def _ordered(
 ) -> grain.MapDataset:
     """Returns the documents of all epochs, in the order of training."""
     parts = _datasets(sources)
-    if not cfg.weights or len(parts) == 1:
+    if not cfg.weights and len(parts) > 1:
         parts = [grain.MapDataset.concatenate(parts)]
     if cfg.shuffle:
         # Grain adds the epoch to the seed; hashed, seeds 0 and 1 do not share epochs.

@@ -134,7 +134,7 @@ class PackIterator(grain.DatasetIterator):
             ConfigError: it was saved with other data, weights, tokenizer or seed.
         """
         saved = state["identity"]
-        for name in self._identity.keys() | saved.keys():
+        for name in [*self._identity, *saved]:
             old, new = saved.get(name), self._identity.get(name)
             if old != new:
                 raise ConfigError(

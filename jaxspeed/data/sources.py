@@ -42,22 +42,16 @@ def open_source(
         return open_bundled(origin, cache_dir)
     if path.startswith(TFDS_PREFIX):
         return open_tfds(origin, text_field, cache_dir)
-    found = Path(path).expanduser()
-    if not found.exists():
+    found = Path(os.path.expanduser(path))
+    if not path or not found.exists():
         raise _missing(origin, found)
     if (found / "dataset_info.json").exists():
         return open_tfds_folder(origin, found, text_field)
-    files = _files(origin, found)
-    records = [file for file in files if _kind(file) == ".array_record"]
-    parts: list[Source] = [
-        open_text_file(
-            origin._replace(file=file), str(_kind(file)), text_field, cache_dir
-        )
-        for file in files
-        if file not in set(records)
-    ]
-    parts += [open_array_records(origin, records)] if records else []
-    source = parts[0] if len(parts) == 1 else Joined(path, parts)
+    try:
+        source = _open_files(origin, _files(origin, found), text_field, cache_dir)
+    except OSError as err:
+        why = f"cannot be read ({err})"
+        raise origin.error(why, "check that the file is there and readable") from err
     if not len(source):
         raise origin.error("holds no text", "give a file that is not empty")
     return source, None
@@ -67,9 +61,24 @@ def files_of(path: str) -> frozenset[Path]:
     """Returns the files that an entry of `data.path` reads; none for named sets."""
     if path == BUNDLED or path.startswith(TFDS_PREFIX):
         return frozenset()
-    found = Path(path).expanduser()
+    found = Path(os.path.expanduser(path))
     files = _walk(found) if found.is_dir() else [found]
     return frozenset(file.resolve() for file in files)
+
+
+def _open_files(
+    origin: Origin, files: list[Path], text_field: str, cache_dir: Path
+) -> Source:
+    records = [file for file in files if _kind(file) == ".array_record"]
+    parts: list[Source] = [
+        open_text_file(
+            origin._replace(file=file), str(_kind(file)), text_field, cache_dir
+        )
+        for file in files
+        if _kind(file) != ".array_record"
+    ]
+    parts += [open_array_records(origin, records)] if records else []
+    return parts[0] if len(parts) == 1 else Joined(origin.value, parts)
 
 
 def _missing(origin: Origin, found: Path) -> ConfigError:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int32
+from numpy.typing import ArrayLike
 
 from jaxspeed.config import ConfigError, DataConfig, config_error
 from jaxspeed.data.corpus import Corpus
@@ -60,7 +61,7 @@ class Tokenizer(Protocol):
         """Returns the ids, and how many bytes of UTF-8 each stands for."""
         ...
 
-    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+    def decode(self, ids: ArrayLike) -> str:
         """Returns the text of some ids."""
         ...
 
@@ -83,7 +84,7 @@ class ByteTokenizer:
         num_bytes[-1] = 0
         return Encoded(ids, num_bytes)
 
-    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+    def decode(self, ids: ArrayLike) -> str:
         """Returns the text; end tokens vanish, bytes that are no text become U+FFFD."""
         array = np.asarray(ids, np.int64).reshape(-1)
         return array[array < 256].astype(np.uint8).tobytes().decode(errors="replace")
@@ -119,7 +120,7 @@ class SubwordTokenizer:
             np.asarray(encoding.ids, np.int32), np.diff(bounds).astype(np.int32)
         )
 
-    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+    def decode(self, ids: ArrayLike) -> str:
         """Returns the text; special tokens vanish."""
         flat = np.asarray(ids, np.int64).reshape(-1).tolist()
         return self._tokenizer.decode(flat, skip_special_tokens=True)
@@ -220,6 +221,7 @@ def _trained(corpus: Corpus, vocab_size: int, path: Path) -> SubwordTokenizer:
             f"it needs at least 257 ids (bytes and end) but the model has {vocab_size}",
             "set model.vocab_size to 257 or more",
         )
+    _logger.info("training a BPE of %d ids, to be kept in %s", vocab_size, path)
     tokenizer = train_bpe(corpus.train, vocab_size)
     try:
         tokenizer.save(path)
@@ -227,7 +229,6 @@ def _trained(corpus: Corpus, vocab_size: int, path: Path) -> SubwordTokenizer:
         why = f"the trained tokenizer cannot be written there ({err})"
         change = "give a folder that can be written"
         raise config_error("workdir", str(path.parent), why, change) from err
-    _logger.info("trained a BPE of %d ids, kept in %s", tokenizer.vocab_size, path)
     return tokenizer
 
 

@@ -4,6 +4,7 @@
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,8 +16,8 @@ from jaxspeed.data.documents import Source
 def make_config(tmp_path: Path) -> Callable[..., DataConfig]:
     """Returns `make_config(*paths, **fields)`."""
 
-    def make(*paths: str | Path, **fields: object) -> DataConfig:
-        known = {"cache_dir": str(tmp_path / "cache")} | fields
+    def make(*paths: str | Path, **fields: Any) -> DataConfig:
+        known: dict[str, Any] = {"cache_dir": str(tmp_path / "cache")} | fields
         return DataConfig(path=tuple(map(str, paths)), **known)
 
     return make

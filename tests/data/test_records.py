@@ -152,7 +152,8 @@ def test_set_prepared_in_the_cache_is_read_by_name(
 def test_set_prepared_in_the_usual_place_of_tfds_is_read_by_name(
     tmp_path: Path, opened: Opened, texts: Texts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(tmp_path / "usual"))
+    usual = "tensorflow_datasets.core.constants.DATA_DIR"
+    monkeypatch.setattr(usual, str(tmp_path / "usual"))
     prepare(tmp_path / "usual")
     assert texts(opened("tfds:jaxspeed_test_set")[0]) == SPLITS["train"]
 

@@ -2,8 +2,6 @@
 """The bundled text and its preparation as a TFDS set."""
 
 import hashlib
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -83,17 +81,3 @@ def test_a_cache_that_cannot_be_written_is_named(
     config = make_config("shakespeare", cache_dir=str(tmp_path / "file" / "cache"))
     with pytest.raises(ConfigError, match=r"data\.cache_dir=.*cannot be written"):
         open_corpus(config)
-
-
-def test_preparing_is_silent_and_needs_no_tensorflow(tmp_path: Path) -> None:
-    code = (
-        "import sys\n"
-        "from jaxspeed.config import DataConfig\n"
-        "from jaxspeed.data import open_corpus\n"
-        f"open_corpus(DataConfig(cache_dir={str(tmp_path)!r}))\n"
-        "assert 'tensorflow' not in sys.modules\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False
-    )
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -113,3 +113,16 @@ def test_path_that_gives_nothing_is_named(
     with pytest.raises(ConfigError, match=message) as caught:
         opened(tmp_path / path)
     assert str(caught.value).startswith(f"data.path='{tmp_path}/{path}'")
+
+
+def test_empty_path_is_not_the_working_directory(opened: Callable[..., Source]) -> None:
+    with pytest.raises(ConfigError, match="data.path='': no such file or folder"):
+        opened("")
+
+
+def test_file_that_cannot_be_read_is_named(
+    tmp_path: Path, opened: Callable[..., Source]
+) -> None:
+    (tmp_path / "broken.txt").symlink_to(tmp_path / "gone.txt")
+    with pytest.raises(ConfigError, match="cannot be read .*broken.txt"):
+        opened(tmp_path)

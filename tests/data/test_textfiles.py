@@ -3,7 +3,7 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -37,13 +37,13 @@ def opened(tmp_path: Path) -> Callable[..., Source]:
     return open_one
 
 
-def write_jsonl(path: Path, texts: list[str | None], **fields: object) -> Path:
+def write_jsonl(path: Path, texts: Sequence[str | None], **fields: object) -> Path:
     lines = [json.dumps({"text": text} | fields) for text in texts]
     path.write_text("\n".join(lines) + "\n")
     return path
 
 
-def write_parquet(path: Path, texts: list[str | None], **columns: list) -> Path:
+def write_parquet(path: Path, texts: Sequence[str | None], **columns: list) -> Path:
     table = pa.table({"text": pa.array(texts, pa.string())} | columns)
     parquet.write_table(table, path, row_group_size=7)
     return path

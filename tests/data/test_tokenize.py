@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
@@ -14,6 +15,7 @@ from jaxspeed.config import ConfigError, DataConfig
 from jaxspeed.data import (
     ByteTokenizer,
     Corpus,
+    SubwordTokenizer,
     Tokenizer,
     build_tokenizer,
     load_tokenizer,
@@ -42,16 +44,21 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     return open_corpus(DataConfig(cache_dir=cache))
 
 
+@pytest.fixture(scope="module")
+def bpe(corpus: Corpus) -> SubwordTokenizer:
+    return train_bpe(corpus.train, 600)
+
+
 @pytest.fixture(scope="module", params=["byte", "bpe", "word piece"])
 def tokenizer(
     request: pytest.FixtureRequest,
-    corpus: Corpus,
+    bpe: SubwordTokenizer,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Tokenizer:
     if request.param == "byte":
         return ByteTokenizer()
     if request.param == "bpe":
-        return train_bpe(corpus.train, 600)
+        return bpe
     path = tmp_path_factory.mktemp("word_piece") / "tokenizer.json"
     write_word_piece(path)
     return load_tokenizer(path)
@@ -97,8 +104,8 @@ def test_bytes_of_the_tokens_add_up_to_the_text(
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_decoding_gives_the_text_back(corpus: Corpus, text: str) -> None:
-    for tokenizer in (ByteTokenizer(), train_bpe(corpus.train[:1], 300)):
+def test_decoding_gives_the_text_back(bpe: SubwordTokenizer, text: str) -> None:
+    for tokenizer in (ByteTokenizer(), bpe):
         ids = tokenizer.encode(text)
         assert tokenizer.decode(ids) == text
         ended = np.append(ids, tokenizer.end_id)
@@ -107,23 +114,22 @@ def test_decoding_gives_the_text_back(corpus: Corpus, text: str) -> None:
 
 def test_decoding_stands_any_ids() -> None:
     assert ByteTokenizer().decode([256, 0xE2, 0x82, 256, 65]) == "\ufffdA"
+    assert ByteTokenizer().decode(jnp.array([[65], [66]])) == "AB"
     assert ByteTokenizer().decode(np.array([], np.int32)) == ""
 
 
-def test_bytes_are_counted_where_their_token_is(corpus: Corpus) -> None:
-    tokenizer = train_bpe(corpus.train, 600)
+def test_bytes_are_counted_where_their_token_is(bpe: SubwordTokenizer) -> None:
     text = "the question \u20ac the"
-    ids, num_bytes = tokenizer.encode_with_bytes(text)
+    ids, num_bytes = bpe.encode_with_bytes(text)
     assert num_bytes is not None
-    spelled = [len(tokenizer.decode([i]).encode()) for i in ids[:5]]
+    spelled = [len(bpe.decode([i]).encode()) for i in ids[:5].tolist()]
     np.testing.assert_array_equal(num_bytes[:5], spelled)
 
 
 def test_training_is_deterministic_and_keeps_to_its_size(corpus: Corpus) -> None:
-    first, second = train_bpe(corpus.train, 500), train_bpe(corpus.train, 500)
-    assert first.fingerprint == second.fingerprint
-    assert first.vocab_size == 500
-    assert train_bpe(corpus.train, 501).fingerprint != first.fingerprint
+    first, second, larger = (train_bpe(corpus.held_out, n) for n in (400, 400, 401))
+    assert first.fingerprint == second.fingerprint != larger.fingerprint
+    assert (first.vocab_size, larger.vocab_size) == (400, 401)
 
 
 def test_training_reads_no_more_than_it_says(
