@@ -51,8 +51,8 @@ def _check_types(config: Any, where: str) -> None:
                 raise ConfigError(f"{name}={value!r}: unknown; give one of {list(legal)}.{suggest(str(value), map(str, legal))}")
         elif not isinstance(f.type, TypeVar) and not _is_of_type(value, f.type):
             wanted = f.type.__name__ if isinstance(f.type, type) and not get_args(f.type) else str(f.type)
-            change = f"write ({value!r},)" if get_origin(f.type) is tuple and isinstance(value, str) else f"give a {wanted}"
-            raise config_error(name, value, f"a {type(value).__name__} where {wanted} is due", change)
+            change = f"write ({value!r},)" if get_origin(f.type) is tuple and isinstance(value, str) else f"give {wanted}"
+            raise config_error(name, value, f"{type(value).__name__} where {wanted} is due", change)
 
 
 def _is_of_type(value: Any, annotation: Any) -> bool:
@@ -435,7 +435,7 @@ class RunConfig(Generic[M]):
     """Held-out evaluation and samples."""
     remat: RematPolicy = "none"
     """What is computed again in the backward pass: none; full (keep only each layer's input); dots (keep matrix products); attention (keep what attention reads and gives)."""
-    attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
+    attention: Literal["auto", "xla", "cpu", "cudnn", "splash"] = "auto"
     """Attention kernel; auto takes the fastest that device, dtype and shape allow, and says which."""
     seed: int = 0
     """Of initialisation, dropout and data order."""

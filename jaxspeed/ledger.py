@@ -145,9 +145,9 @@ class Ledger:
         from rich.table import Table
 
         table = Table(title=title, box=None, pad_edge=False)
-        for heading in ("collective", "axes", "dtype"):
+        for heading in "collective axes dtype".split():
             table.add_column(heading, no_wrap=True)
-        for heading in ("count", "elements", "payload", "wire", "overlapped"):
+        for heading in "count elements payload wire overlapped".split():
             table.add_column(heading, justify="right", no_wrap=True)
         for row in self.rows():
             table.add_row(
@@ -271,6 +271,10 @@ _GROUP_LIST = re.compile(r"\breplica_groups=\{((?:\{[\d, ]*\},? ?)*)\}")
 _GROUP_IOTA = re.compile(
     r"\breplica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?"
 )
+_GROUP_MESH = re.compile(
+    r"\breplica_groups=mesh\[((?:'\w+'=\d+,?)+)\] ?\{((?:'\w+',?)+)\}"
+)
+_AXIS, _QUOTED = re.compile(r"'(\w+)'=(\d+)"), re.compile(r"'(\w+)'")
 _PAIRS = re.compile(r"source_target_pairs=\"?\{((?:\{\d+, ?\d+\},? ?)*)\}")
 _BRACES = re.compile(r"\{([\d, ]*)\}")
 
@@ -297,6 +301,12 @@ def _parse_groups(attributes: str, devices: int) -> list[tuple[int, ...]] | None
         order = _integers(match[3]) if match[3] else tuple(range(len(dims)))
         ids = np.arange(math.prod(dims)).reshape(dims).transpose(order).reshape(shape)
         return [tuple(group) for group in ids.tolist()]
+    if match := _GROUP_MESH.search(attributes):
+        sizes = {name: int(size) for name, size in _AXIS.findall(match[1])}
+        used = [list(sizes).index(name) for name in _QUOTED.findall(match[2])]
+        ids = np.arange(math.prod(sizes.values())).reshape(*sizes.values())
+        ids = np.moveaxis(ids, used, range(-len(used), 0))
+        return [tuple(group) for group in ids.reshape(-1, ids[..., 0].size).tolist()]
     return None
 
 
@@ -327,12 +337,7 @@ class _Instruction:
     @property
     def called(self) -> list[str]:
         """Names of the computations that it calls."""
-        return [
-            name.strip().lstrip("%")
-            for names in _CALLED.findall(self.attributes)
-            for name in names.strip("{}").split(",")
-            if name.strip()
-        ]
+        return re.findall(r"[\w.\-]+", " ".join(_CALLED.findall(self.attributes)))
 
     @property
     def kind(self) -> str | None:

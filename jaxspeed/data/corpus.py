@@ -70,13 +70,15 @@ def open_corpus(cfg: DataConfig) -> Corpus:
             path, field=field, text_field=cfg.text_field, cache_dir=cache_dir
         )
 
-    if cfg.eval_path:
-        _check_disjoint(cfg)
-        pairs = [opened("data.eval_path", path) for path in cfg.eval_path]
-        held_out = [valid if valid is not None else whole for whole, valid in pairs]
+    train, held_out = [], []
+    for path in cfg.eval_path:
+        source, valid = opened("data.eval_path", path)
+        if valid is None:
+            _check_unseen(path, cfg.path)
+        held_out.append(source if valid is None else valid)
+    if held_out:
         train = [opened("data.path", path)[0] for path in cfg.path]
         return Corpus(tuple(train), tuple(held_out))
-    train, held_out = [], []
     for path in cfg.path:
         source, valid = opened("data.path", path)
         if valid is None:
@@ -104,17 +106,16 @@ def split(source: Source, fraction: float) -> tuple[Subset, Subset]:
     return Subset(source, held, keep=False), Subset(source, held, keep=True)
 
 
-def _check_disjoint(cfg: DataConfig) -> None:
-    """Raises if a file of `data.eval_path` is also trained on."""
-    for path in cfg.eval_path:
-        evaluated = files_of(path)
-        for other in cfg.path:
-            if shared := sorted(evaluated & files_of(other)):
-                raise ConfigError(
-                    f"data.eval_path={path!r}: {shared[0]} is also in "
-                    f"data.path={other!r}, so the evaluation would see training text; "
-                    "remove it from one of them"
-                )
+def _check_unseen(path: str, trained_on: tuple[str, ...]) -> None:
+    """Raises if an entry of `data.eval_path` is also in `data.path`."""
+    for other in trained_on:
+        shared = sorted(map(str, files_of(path) & files_of(other)))
+        shared += [path] if path == other else []
+        if shared:
+            raise ConfigError(
+                f"data.eval_path={path!r}: {shared[0]} is also in data.path={other!r}, "
+                "so the evaluation would see training text; remove it from one of them"
+            )
 
 
 def _amount(sources: tuple[Source, ...]) -> str:

@@ -155,12 +155,11 @@ def build_tokenizer(
     else:
         tokenizer = load_tokenizer(Path(cfg.tokenizer).expanduser())
     if tokenizer.vocab_size > vocab_size:
-        raise config_error(
-            "data.tokenizer",
-            cfg.tokenizer,
-            f"it has {tokenizer.vocab_size} ids but the model only {vocab_size}",
-            f"set model.vocab_size to {tokenizer.vocab_size} or more",
-        )
+        why = f"it has {tokenizer.vocab_size} ids but the model only {vocab_size}"
+        change = f"set model.vocab_size to {tokenizer.vocab_size} or more"
+        if cfg.tokenizer == "bpe":
+            change += f", or remove {workdir / TOKENIZER_FILE} to train another"
+        raise config_error("data.tokenizer", cfg.tokenizer, why, change)
     return tokenizer
 
 
@@ -185,21 +184,26 @@ def load_tokenizer(path: Path) -> SubwordTokenizer:
     except Exception as err:  # the library raises no narrower class
         why = f"is not a tokenizer.json ({err})"
         raise error(why, "give one that the tokenizers library wrote") from err
-    end = _end_id(path, tokenizer)
-    if end is None:
-        why = f"no end-of-text token in it (looked for {', '.join(_END_TOKENS)})"
-        raise error(why, "name it as eos_token in a tokenizer_config.json beside it")
-    return SubwordTokenizer(tokenizer, end)
+    try:
+        names = _end_tokens(path.with_name("tokenizer_config.json"))
+    except ValueError as err:
+        why = f"the tokenizer_config.json beside it is not JSON ({err})"
+        raise error(why, "mend or remove that") from err
+    for end in map(tokenizer.token_to_id, names):
+        if end is not None:
+            return SubwordTokenizer(tokenizer, end)
+    why = f"no end-of-text token in it (looked for {', '.join(names)})"
+    raise error(why, "name it as eos_token in a tokenizer_config.json beside it")
 
 
-def _end_id(path: Path, tokenizer: "tokenizers.Tokenizer") -> int | None:
-    beside = path.with_name("tokenizer_config.json")
-    named = json.loads(beside.read_text()).get("eos_token") if beside.exists() else None
+def _end_tokens(config: Path) -> Sequence[str]:
+    """Returns the names to look for."""
+    if not config.exists():
+        return _END_TOKENS
+    named = json.loads(config.read_text()).get("eos_token")
     # Older files hold {"content": "</s>", ...}.
-    named = named.get("content") if isinstance(named, dict) else named
-    names = [named] if named else _END_TOKENS
-    ids = map(tokenizer.token_to_id, names)
-    return next((found for found in ids if found is not None), None)
+    named = named["content"] if isinstance(named, dict) else named
+    return [named] if named else _END_TOKENS
 
 
 def _byte_offsets(text: str) -> np.ndarray:

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxspeed.ambient import current
 from jaxspeed.config import ConfigError
+from jaxspeed.ops.cpu_attention import cpu_attention
 
 
 logger = logging.getLogger(__name__)
@@ -82,11 +83,15 @@ def _refuse_cudnn(platform: str, dtype: str, q_shape: tuple[int, ...], k_shape: 
     return ""
 
 
+def _refuse_cpu(platform: str, dtype: str, q_shape: tuple[int, ...], k_shape: tuple[int, ...], segments: bool) -> str:
+    return "" if platform == "cpu" else "is for CPUs"
+
+
 def _refuse_xla(*_: Any) -> str:
     return ""
 
 
-_REFUSALS = {"splash": _refuse_splash, "cudnn": _refuse_cudnn, "xla": _refuse_xla}
+_REFUSALS = {"splash": _refuse_splash, "cudnn": _refuse_cudnn, "cpu": _refuse_cpu, "xla": _refuse_xla}
 
 
 def _mask(segment_ids: Array | None) -> Array | None:
@@ -119,4 +124,4 @@ def _splash(q: Array, k: Array, v: Array, segment_ids: Array | None) -> Array:
     return jax.vmap(run)(q, k, v, segments).swapaxes(1, 2)
 
 
-_KERNELS = {"splash": _splash, "cudnn": _cudnn, "xla": _xla}
+_KERNELS = {"splash": _splash, "cudnn": _cudnn, "cpu": cpu_attention, "xla": _xla}

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxspeed.ambient import current
-from jaxspeed.ops.linear import dot
+from jaxspeed.ops.linear import dot, dot_rows
 from jaxspeed.types import Sums
 
 
@@ -74,11 +74,13 @@ def _summed_loss_fwd(compute: Any, hidden: Array, embedding: Array, targets: Arr
         loss, exps, norm = _loss_and_shifted(h, table, t, m)
         hit = t[:, None] == jnp.arange(table.shape[0])[None]
         d_logits = (exps * (m / norm)[:, None] - jnp.where(hit, m[:, None], 0.0)).astype(compute)
-        return (total + loss, d_table + dot(d_logits, h, (0, 0))), dot(d_logits, table, (1, 0)).astype(hidden.dtype)
+        d_hidden = dot(d_logits, table, (1, 0)).astype(hidden.dtype)
+        return (total + loss, d_table + dot_rows(h, d_logits)), d_hidden
 
-    zero = (jnp.zeros((), jnp.float32), jnp.zeros(table.shape, jnp.float32))
+    # (D, V), not (V, D): the small operand is the one to be turned.
+    zero = (jnp.zeros((), jnp.float32), jnp.zeros(table.shape[::-1], jnp.float32))
     (total, d_table), d_hidden = jax.lax.scan(add, zero, (hidden, targets, weights))
-    return total, (d_hidden, d_table)
+    return total, (d_hidden, d_table.T)
 
 
 def _summed_loss_bwd(compute: Any, residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array, None, None]:

@@ -91,12 +91,19 @@ def test_bundled_text_as_eval_path_is_its_validation_split(
     assert len(corpus.held_out[0]) == 16
 
 
+@pytest.mark.parametrize("train", ["", "a.jsonl"])
 def test_training_text_may_not_be_evaluated_on(
-    tmp_path: Path, make_config: MakeConfig
+    tmp_path: Path, make_config: MakeConfig, train: str
 ) -> None:
     path = write(tmp_path / "a.jsonl", 3)
+    config = make_config(tmp_path / train, eval_path=(str(path),))
     with pytest.raises(ConfigError, match=r"data\.eval_path=.*a\.jsonl is also in"):
-        open_corpus(make_config(tmp_path, eval_path=(str(path),)))
+        open_corpus(config)
+
+
+def test_bundled_text_may_be_trained_and_evaluated_on(make_config: MakeConfig) -> None:
+    corpus = open_corpus(make_config("shakespeare", eval_path=("shakespeare",)))
+    assert (len(corpus.train[0]), len(corpus.held_out[0])) == (307, 16)
 
 
 @pytest.mark.parametrize("text", ["a", "a\n", "\u20ac"])

@@ -198,3 +198,28 @@ def test_end_token_may_be_named_beside_the_tokenizer(
     config = tmp_path / "tokenizer_config.json"
     config.write_text(json.dumps({"eos_token": named}))
     assert load_tokenizer(tmp_path / "tokenizer.json").end_id == 1
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ('{"eos_token": "</end>"}', r"\(looked for </end>\)"),
+        ('{"eos_tok', "tokenizer_config.json beside it is not JSON"),
+    ],
+)
+def test_end_token_that_is_not_there_is_named(
+    tmp_path: Path, config: str, message: str
+) -> None:
+    write_word_piece(tmp_path / "tokenizer.json")
+    (tmp_path / "tokenizer_config.json").write_text(config)
+    with pytest.raises(ConfigError, match=message):
+        load_tokenizer(tmp_path / "tokenizer.json")
+
+
+def test_kept_vocabulary_that_is_too_large_says_where_it_is(
+    corpus: Corpus, bpe: SubwordTokenizer, tmp_path: Path
+) -> None:
+    bpe.save(tmp_path / "tokenizer.json")
+    cfg = DataConfig(tokenizer="bpe")
+    with pytest.raises(ConfigError, match=f"or remove {tmp_path}/tokenizer.json to tr"):
+        build_tokenizer(cfg, corpus, vocab_size=400, workdir=tmp_path)

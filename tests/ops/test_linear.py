@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The matrix product equals einsum, values and gradients, and sums in float32 whatever it multiplies."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxspeed.ambient import ambient
+from jaxspeed.ops import linear
+from jaxspeed.ops.linear import dot, sum_rows
+
+
+RNG = np.random.default_rng(0)
+
+CASES = {
+    "matrix": ((5, 8), (8, 3), 1),
+    "batch": ((2, 5, 8), (8, 3), 1),
+    "heads out": ((2, 5, 8), (8, 4, 2), 1),
+    "heads in": ((2, 5, 4, 2), (4, 2, 8), 2),
+    "vector": ((8,), (8, 3), 1),
+    "one feature": ((2, 5, 8), (8, 1), 1),
+}
+COMPUTE = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 4e-3}
+
+
+def arrays(case: str) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, int]:
+    """Returns x, w, bias, a cotangent of the result, and the number of contracted dims."""
+    x, w, contract = CASES[case]
+    out = x[: len(x) - contract] + w[contract:]
+    normal = lambda shape: jnp.asarray(RNG.normal(size=shape), jnp.float32)
+    return normal(x), normal(w), normal(w[contract:]), normal(out), contract
+
+
+def oracle(x: Any, w: Any, bias: Any, g: Any, contract: int) -> list[np.ndarray]:
+    """Returns the result and the gradients of x, w and bias, in float64."""
+    x, w, bias, g = (np.asarray(a, np.float64) for a in (x, w, bias, g))
+    lead, outer = x.ndim - contract, w.ndim - contract
+    dx = np.tensordot(g, np.moveaxis(w, range(contract), range(-contract, 0)), outer)
+    dw = np.tensordot(x, g, axes=(range(lead), range(lead)))
+    return [np.tensordot(x, w, contract) + bias, dx, dw, g.sum(tuple(range(lead)))]
+
+
+@pytest.mark.parametrize(
+    ("case", "biased", "compute"),
+    [(case, biased, "float32") for case in CASES for biased in (False, True)]
+    + [(case, True, compute) for case in ("heads out", "heads in") for compute in ("bfloat16", "float16")],
+)
+def test_linear_equals_tensordot_with_gradients(case: str, biased: bool, compute: str) -> None:
+    x, w, bias, g, contract = arrays(case)
+    args = (x, w, bias) if biased else (x, w)
+
+    @jax.jit
+    def ours(*args: jax.Array) -> list[jax.Array]:
+        y, pull = jax.vjp(lambda x, w, *b: linear(x, w, *b, contract=contract), *args)
+        return [y, *pull(g)]
+
+    with ambient(compute=jnp.dtype(compute)):
+        results = ours(*args)
+    expected = oracle(x, w, bias if biased else np.zeros_like(bias), g, contract)
+    for result, exact in zip(results, expected, strict=False):
+        assert result.dtype == jnp.float32
+        np.testing.assert_allclose(result, exact, rtol=0, atol=COMPUTE[compute] * np.abs(exact).max())
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_dtypes_follow_the_ambient_settings_and_weights_keep_float32_gradients(biased: bool) -> None:
+    x, w, bias, _, contract = arrays("batch")
+    x = x.astype(jnp.bfloat16)
+    args = (x, w, bias) if biased else (x, w)
+    with ambient(compute=jnp.bfloat16, activations=jnp.bfloat16):
+        y, pull = jax.vjp(lambda x, w, *b: linear(x, w, *b, contract=contract), *args)
+        dx, *rest = pull(y)
+    assert (y.dtype, dx.dtype) == (jnp.bfloat16, jnp.bfloat16)
+    assert {d.dtype for d in rest} == {jnp.dtype(jnp.float32)}
+
+
+@pytest.mark.parametrize("compute", ["bfloat16", "float16"])
+def test_sums_do_not_stop_growing(compute: str) -> None:
+    x, w, bias = jnp.ones((4096, 1)), jnp.ones((1, 1)), jnp.zeros((1,))
+    with ambient(compute=jnp.dtype(compute)):
+        forward = linear(x.T, x)
+        _, pull = jax.vjp(linear, x, w, bias)
+        _, dw, db = pull(jnp.ones((4096, 1)))
+    assert forward.item() == dw.item() == db.item() == 4096.0
+
+
+def test_operands_are_rounded_to_the_compute_dtype() -> None:
+    with ambient(compute=jnp.bfloat16):
+        assert linear(jnp.full((1, 1), 257.0), jnp.ones((1, 1))).item() == 256.0
+
+
+def test_inner_dims_that_differ_are_refused() -> None:
+    with pytest.raises(AssertionError):
+        linear(jnp.ones((2, 3)), jnp.ones((4, 3)))
+
+
+def test_empty_batch_gives_an_empty_result() -> None:
+    assert linear(jnp.ones((0, 3)), jnp.ones((3, 2)), jnp.ones((2,))).shape == (0, 2)
+
+
+@pytest.mark.parametrize("contracting", [(0, 0), (0, 1), (1, 0), (1, 1)])
+def test_dot_contracts_the_dims_it_is_told(contracting: tuple[int, int]) -> None:
+    a, b = RNG.normal(size=(2, 4, 4)).astype(np.float32)
+    expected = np.tensordot(a, b, axes=(contracting[0], contracting[1]))
+    np.testing.assert_allclose(dot(jnp.asarray(a), jnp.asarray(b), contracting), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_sum_rows_is_a_float32_sum(dtype: Any) -> None:
+    g = jnp.asarray(RNG.normal(size=(33, 5)), dtype)
+    rows = sum_rows(g)
+    assert rows.dtype == jnp.float32
+    np.testing.assert_allclose(rows, np.asarray(g, np.float64).sum(0), rtol=1e-5, atol=1e-6)
