@@ -306,7 +306,8 @@ def _parse_groups(attributes: str, devices: int) -> list[tuple[int, ...]] | None
         used = [list(sizes).index(name) for name in _QUOTED.findall(match[2])]
         ids = np.arange(math.prod(sizes.values())).reshape(*sizes.values())
         ids = np.moveaxis(ids, used, range(-len(used), 0))
-        return [tuple(group) for group in ids.reshape(-1, ids[..., 0].size).tolist()]
+        shape = -1, math.prod(ids.shape[-len(used) :])
+        return [tuple(group) for group in ids.reshape(shape).tolist()]
     return None
 
 
@@ -449,10 +450,8 @@ def _parse_instruction(name: str, text: str, is_root: bool) -> _Instruction:
         plain = re.sub(r"\[[^\]]*\]|\{[^{}]*\}", "", literal)
         words = (part.split() for part in plain.split(","))
         operands = [word[-1].lstrip("%").rstrip(")") for word in words if word]
-    attributes = rest[end + 1 :]
-    return _Instruction(
-        name, shape, opcode, tuple(operands), literal, attributes, is_root
-    )
+    what = (name, shape, opcode, tuple(operands), literal, rest[end + 1 :], is_root)
+    return _Instruction(*what)
 
 
 def _closing(text: str, start: int) -> int:
@@ -650,12 +649,8 @@ def _is_sliced(home: _Computation, i: _Instruction, position: int) -> bool:
     """True if all that is read of a result are slices at the device's own place."""
     parts = [i]
     if len(i.operands) > 1:
-        parts = [
-            reader
-            for reader in home.readers[i.name]
-            if reader.opcode == "get-tuple-element"
-            and int(reader.attribute("index")) == position
-        ]
+        parts = [r for r in home.readers[i.name] if r.opcode == "get-tuple-element"]
+        parts = [r for r in parts if int(r.attribute("index")) == position]
     return bool(parts) and all(_only_slices(home, part.name) for part in parts)
 
 
@@ -766,12 +761,12 @@ def _outside(home: _Computation) -> Sequence[_Carry | int | None]:
         return [_integer(outer, name, _outside(outer)) for name in call.operands]
 
     def constant(slot: int) -> int | None:
-        last = home.root.operands[slot] if home.root.opcode == "tuple" else ""
-        kept = home.instructions.get(last)
-        if kept is None or kept.opcode != "get-tuple-element":
+        kept = (
+            home[home.root.operands[slot]] if home.root.opcode == "tuple" else home.root
+        )
+        if kept.opcode != "get-tuple-element" or int(kept.attribute("index")) != slot:
             return None
-        same = int(kept.attribute("index")) == slot
-        return _initial(outer, call, slot) if same else None
+        return _initial(outer, call, slot)
 
     return (constant,)
 

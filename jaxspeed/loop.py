@@ -2,23 +2,30 @@
 """The training loop: everything around the step that touches the world.
 
 Data in, metrics out, evaluation, samples, checkpoints, resume, signals, report. It dispatches
-step i before it reads the metrics of step i - 1, so the devices never wait for the host. Layer 4.
+step i before it reads the metrics of step i - 1, so the devices never wait for the host. What a
+run writes depends on the configuration alone: an evaluation that a kill or a signal cut off is
+made up for at the next start. Layer 4.
 """
 
 import contextlib
 import dataclasses
+import fcntl
+import functools
 import logging
 import math
+import os
 import platform
 import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 import jaxspeed
 from jaxspeed.checkpoint import Checkpointer, restore_params
@@ -80,60 +87,75 @@ class _Run:
         self.began = time.strftime("%Y-%m-%d %H:%M:%S")
         self.program = build_program(run)
         self.corpus = open_corpus(run.data)
-        index, count = self.program.process_rows
-        shared: dict[str, Any] = {
-            "seq_len": run.seq_len, "global_batch_size": self.program.batch.global_size, "process_index": index, "process_count": count,
-        }  # fmt: skip
         self.checkpoints = Checkpointer(self.workdir / "checkpoints", keep=run.checkpoint.keep, asynchronous=run.checkpoint.asynchronous)
-        self.checkpoints.prepare()
-        self.tokenizer: Tokenizer = build_tokenizer(run.data, self.corpus, vocab_size=run.model.vocab_size, workdir=self.workdir)
-        self.data = train_iterator(run.data, self.corpus, self.tokenizer, seed=run.seed, **shared)
-        self.held_out = EvalSet(cfg=run.data, corpus=self.corpus, tokenizer=self.tokenizer, batches=run.eval.batches, **shared)
-        self.tokens = 0
+        self.tokens = self.evaluated = self.skipped = 0
+        self.saved: int | None = None
         self.evaluation: dict[str, float] = {}
         self.clock = _Clock()
 
     def fit(self) -> Result:
-        state, start = self._start()
-        step_fn = self._compile(state)
         shown = {"process_index": jax.process_index()}
-        with (
-            self.checkpoints,
-            MetricsWriter(self.workdir, resume_step=start, **shown) as self.metrics,
-            Progress(steps=self.run.steps, start_step=start, every=self.run.log_every, **shown) as self.progress,
-            _signals() as stop,
-        ):
+        with contextlib.ExitStack() as stack:
+            self._claim(stack)
+            state, start = self._start()
+            step_fn = self._compile(state)
+            stack.enter_context(self.checkpoints)
+            self.metrics = stack.enter_context(MetricsWriter(self.workdir, resume_step=start, **shown))
+            self.progress = stack.enter_context(Progress(steps=self.run.steps, start_step=start, every=self.run.log_every, **shown))
+            self.stop = stack.enter_context(_signals())
             self._introduce(start)
-            if start >= self.run.steps:
-                self.progress.print(f"already trained to step {start}; give a larger --steps, or another --workdir")
-            state, step = self._train(step_fn, state, start, stop)
-            if not stop.number and step > start:
-                self._evaluate(state, step)
+            if start and self._evaluation_due(start) and self.evaluated != start:
+                self._evaluate(state, start)
+            state, step = self._train(step_fn, state, start)
             self._save(state, step)
             self.checkpoints.wait()
-            return self._finish(state, step, stop.number)
+            return self._finish(step)
+
+    def _claim(self, stack: contextlib.ExitStack) -> None:
+        """Makes the run directory this run's, and opens what lies in it or is put there: tokenizer and data."""
+        run = self.run
+        self.checkpoints.prepare()
+        if jax.process_index() == 0:
+            stack.enter_context(_locked(self.workdir))
+        self.tokenizer: Tokenizer = build_tokenizer(run.data, self.corpus, vocab_size=run.model.vocab_size, workdir=self.workdir)
+        index, count = self.program.process_rows
+        shared: dict[str, Any] = {
+            "seq_len": run.seq_len, "global_batch_size": self.program.batch.global_size, "process_index": index, "process_count": count,
+        }  # fmt: skip
+        self.data = train_iterator(run.data, self.corpus, self.tokenizer, seed=run.seed, **shared)
+        self.held_out = EvalSet(cfg=run.data, corpus=self.corpus, tokenizer=self.tokenizer, batches=run.eval.batches, **shared)
 
     def _start(self) -> tuple[State, int]:
         """Returns the state to begin from and its step: resumed, initialised, or taken from `init`."""
         run, program = self.run, self.program
-        latest = None if run.resume == "never" else self.checkpoints.latest()
         if run.resume == "never" and self.checkpoints.candidates():
             raise config_error("resume", "never", f"{self.workdir} holds a run already", "give another --workdir, or --resume auto to continue it")
+        latest = None if run.resume == "never" else self.checkpoints.latest()
         if latest is None and run.resume == "must":
             self.checkpoints.restore(None, program.abstract_state)  # raises, and lists what is there
         if latest is not None:
             state, meta = self.checkpoints.restore(latest, program.abstract_state, iterator=self.data)
-            self.tokens = meta["tokens"]
+            self.saved, self.tokens, self.evaluated = latest, meta["tokens"], meta["evaluated"]
+            self.skipped = int(state["skipped"])
             return state, latest
+        self._refuse_to_begin_over()
         state = program.init_state()
         if run.init:
             state["params"] = restore_params(run.init, program.abstract_state["params"])
         return state, 0
 
+    def _refuse_to_begin_over(self) -> None:
+        """Raises if there are checkpoints, none of them whole; one that was being written when the run was killed does not count."""
+        damaged = [f"{c.step} ({c.problem or 'a checksum differs'})" for c in self.checkpoints.candidates() if c.problem != "unfinished"]
+        if damaged:
+            raise ConfigError(
+                f"checkpoint: {self.checkpoints.directory} holds only damaged ones: {', '.join(damaged)}; restore them from a copy, "
+                "or move the run directory away to begin again"
+            )
+
     def _compile(self, state: State) -> Any:
         """Returns the compiled step; writes what the report says of memory and collectives."""
-        names = ["inputs", "targets", "mask", "positions", "segment_ids"]
-        compiled = self.program.lower_step(names).compile()
+        compiled = self.program.lower_step().compile()
         self.ledger = read_ledger(compiled, self.program.mesh.shape)
         if jax.process_index() == 0:
             save_run(
@@ -142,43 +164,48 @@ class _Run:
             )  # fmt: skip
         return compiled
 
-    def _train(self, step_fn: Any, state: State, start: int, stop: "_Stop") -> tuple[State, int]:
+    def _train(self, step_fn: Any, state: State, start: int) -> tuple[State, int]:
         """Runs updates until the end or a signal; returns the state and its step."""
         run, step = self.run, start
-        pending: tuple[int, dict[str, jax.Array]] | None = None
+        pending: _Pending | None = None
         self.clock.restart(start)
-        while step < run.steps and not stop.number:
+        while step < run.steps and not self.stop.agreed():
             rows = next(self.data)
             with jax.transfer_guard("disallow"):
                 state, metrics = step_fn(state, self.program.put_batch(rows))
             step += 1
             if pending:
-                self._note(*pending, state, rows)
-            pending = (step, metrics)
-            if self._due(run.eval.every, step) or self._due(run.checkpoint.every, step):
-                self._note(*pending, state, rows)
+                self._note(pending, state)
+            pending = _Pending(step, rows, metrics)
+            save = self._due(run.checkpoint.every, step)
+            if save or self._evaluation_due(step):
+                self._note(pending, state)
                 pending = None
                 with self.clock.paused():
-                    if self._due(run.eval.every, step) and step < run.steps:
+                    if self._evaluation_due(step):
                         self._evaluate(state, step)
-                    if self._due(run.checkpoint.every, step):
+                    if save:
                         self._save(state, step)
         if pending:
-            self._note(*pending, state, rows)
+            self._note(pending, state)
         return state, step
 
     def _due(self, every: int, step: int) -> bool:
         return every > 0 and step % every == 0
 
-    def _note(self, step: int, metrics: dict[str, jax.Array], state: State, rows: Mapping[str, np.ndarray]) -> None:
+    def _evaluation_due(self, step: int) -> bool:
+        return step == self.run.steps or self._due(self.run.eval.every, step)
+
+    def _note(self, pending: "_Pending", state: State) -> None:
         """Reads a finished step's metrics; shows and writes them; stops a run that cannot go on."""
-        values = {n: float(x) for n, x in jax.device_get(metrics).items() if x.ndim == 0}
-        exhausted = values.pop("train/scale_exhausted", 0.0)
+        step, rows, metrics = pending
+        values: dict[str, Any] = {n: np.asarray(x).item() for n, x in metrics.items() if x.ndim == 0}
+        exhausted = values.pop("train/scale_exhausted", False)
         self.tokens += int(values.pop("train/tokens"))
-        values["train/skipped"] = int(values["train/skipped"])
-        scaled = "train/loss_scale" in values
-        if exhausted or not (math.isfinite(values["train/loss"]) or scaled):
+        if exhausted or not (math.isfinite(values["train/loss"]) or "train/loss_scale" in values):
             raise self._failure(step, values, state, rows)
+        if values["train/skipped"] != self.skipped:
+            self._tell_of_skipped(step, values)
         values["data/tokens"] = self.tokens
         if step % self.run.log_every == 0 or step == self.run.steps:
             seconds = self.clock.per_step(step)
@@ -187,35 +214,42 @@ class _Run:
             self.metrics.write(step, values)
         self.progress.update(step, values)
 
-    def _failure(self, step: int, values: Mapping[str, float], state: State, rows: Mapping[str, np.ndarray]) -> TrainingError:
-        leaf = first_nonfinite(self.program, state, rows) or "none on this batch with the present parameters"
-        position = f"{self.tokens:,} tokens into the data"
+    def _tell_of_skipped(self, step: int, values: Mapping[str, Any]) -> None:
+        """Says at the 1st, 2nd, 4th, 8th ... time that an update was skipped; under loss scaling that is nothing special."""
+        self.skipped = values["train/skipped"]
+        if "train/loss_scale" not in values and self.skipped & (self.skipped - 1) == 0:
+            self.progress.print(f"step {step}: a gradient is not finite, so the update was skipped ({self.skipped} so far)")
+
+    def _failure(self, step: int, values: Mapping[str, Any], state: State, rows: Mapping[str, np.ndarray]) -> TrainingError:
+        state = {**state, "step": state["step"] * 0 + (step - 1)}  # that step's dropout masks
+        leaf = first_nonfinite(self.program, state, rows) or "none with the present parameters"
+        batch_tokens = self.program.batch.global_size * self.run.seq_len
+        position = f"data tokens {max(0, self.tokens - batch_tokens):,} to {self.tokens:,}; first non-finite gradient: {leaf}"
+        kept = f"the newest checkpoint is of step {self.saved}" if self.saved is not None else "there is no checkpoint yet"
         if "train/loss_scale" in values:
             return TrainingError(
-                f"step {step}: a gradient overflowed at the smallest loss scale ({self.run.loss_scale.minimum:g}), {position}; first "
-                f"non-finite gradient: {leaf}; use dtype.compute bfloat16, or lower optim.lr"
+                f"step {step}: a gradient overflowed at the smallest loss scale (loss_scale.minimum={self.run.loss_scale.minimum:g}); "
+                f"{position}; {kept}; use --dtype.compute bfloat16, or lower optim.lr"
             )
-        return TrainingError(
-            f"step {step}: the loss is {values['train/loss']}, {position}; first non-finite gradient: {leaf}; "
-            f"the parameters before that step are intact; lower optim.lr, or look at the data there"
-        )
+        return TrainingError(f"step {step}: the loss is {values['train/loss']}; {position}; {kept}; lower optim.lr, or look at the data there")
 
     def _evaluate(self, state: State, step: int) -> None:
-        """Writes the held-out loss, and a sample of what the model says."""
+        """Writes the held-out loss and a sample of what the model says; a signal ends it without either."""
         self.progress.phase("evaluating")
         nats = targets = num_bytes = 0.0
         for rows, size in self.held_out:
+            if self.stop.agreed():
+                return
             sums = jax.device_get(self.program.eval_step(state["params"], self.program.put_batch(rows, training=False)))
             nats, targets, num_bytes = nats + float(sums.total), targets + float(sums.count), num_bytes + size
         loss = nats / max(targets, 1.0)
-        self.evaluation = {"eval/loss": loss, "eval/perplexity": perplexity(loss), "eval/bits_per_byte": bits_per_byte(loss, num_tokens=targets, num_bytes=num_bytes)}
+        bits = bits_per_byte(loss, num_tokens=targets, num_bytes=num_bytes)
+        self.evaluation = {"eval/loss": loss, "eval/perplexity": perplexity(loss), "eval/bits_per_byte": bits}
         self.metrics.write(step, self.evaluation)
-        self.progress.print(
-            f"step {step}: held-out loss {loss:.4f} nats/token, perplexity {self.evaluation['eval/perplexity']:.2f}, "
-            f"{self.evaluation['eval/bits_per_byte']:.3f} bits/byte"
-        )
+        self.progress.print(f"step {step}: held-out loss {loss:.4f} nats/token, perplexity {self.evaluation['eval/perplexity']:.2f}, {bits:.3f} bits/byte")
         if self.run.eval.sample_tokens:
             self._sample(state, step)
+        self.evaluated = step
 
     def _sample(self, state: State, step: int) -> None:
         cfg = self.run.eval
@@ -233,16 +267,23 @@ class _Run:
 
     def _save(self, state: State, step: int) -> None:
         self.progress.phase("saving")
-        meta = {"tokens": self.tokens, "model": to_dict(self.run.model), "mesh": dict(self.program.mesh.shape), "version": jaxspeed.__version__}
+        meta = {
+            "tokens": self.tokens, "evaluated": self.evaluated, "model": to_dict(self.run.model), "mesh": dict(self.program.mesh.shape),
+            "version": jaxspeed.__version__,
+        }  # fmt: skip
         self.checkpoints.save(step, state, iterator=self.data, meta=meta)
+        self.saved = step
 
-    def _finish(self, state: State, step: int, stopped_by: int) -> Result:
+    def _finish(self, step: int) -> Result:
         report = report_from_run(self.workdir) if jax.process_index() == 0 else None
+        stopped_by = self.stop.agreed() if step < self.run.steps or self.evaluated != step else 0
         if stopped_by:
             self.progress.print(f"stopped by {signal.Signals(stopped_by).name} after step {step}: saved; the same command goes on from here")
         elif self.evaluation:
             bits = self.evaluation["eval/bits_per_byte"]
             self.progress.print(f"done: step {step}, held-out loss {self.evaluation['eval/loss']:.4f} nats/token ({bits * math.log(2):.4f} nats/byte)")
+        else:
+            self.progress.print(f"already trained to step {step}; give a larger --steps, or another --workdir")
         self.progress.print(f"report: {report}")
         return Result(self.workdir, step, self.evaluation, stopped_by)
 
@@ -313,8 +354,47 @@ class _Clock:
         return seconds
 
 
+class _Pending(NamedTuple):
+    """A step that was dispatched and whose metrics nobody has read."""
+
+    step: int
+    rows: Mapping[str, np.ndarray]
+    metrics: Mapping[str, jax.Array]
+
+
 class _Stop:
-    number = 0
+    """A wish to end the run: a signal to any process, agreed on by all of them."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        self._several = jax.process_count() > 1
+        self._told: jax.Array | None = None
+        self._final = 0
+
+    def agreed(self) -> int:
+        """Returns the signal to end on or 0: at each call the same on every process.
+
+        What the processes tell each other is read at the next call, so that none waits for it.
+        """
+        if not self._several:
+            return self.number
+        if not self._final:
+            before, self._told = self._told, _largest(self.number)
+            self._final = 0 if before is None else int(before)
+        return self._final
+
+
+def _largest(number: int) -> jax.Array:
+    """Returns the largest of the processes' numbers, a scalar that is still being computed."""
+    sharding, largest = _over_all_devices()
+    mine = np.full(jax.local_device_count(), number, np.int32)
+    return largest(jax.make_array_from_process_local_data(sharding, mine))
+
+
+@functools.cache
+def _over_all_devices() -> tuple[NamedSharding, Any]:
+    mesh = Mesh(np.array(jax.devices()), ("all",))
+    return NamedSharding(mesh, P("all")), jax.jit(jnp.max, out_shardings=NamedSharding(mesh, P()))
 
 
 @contextlib.contextmanager
@@ -334,3 +414,21 @@ def _signals() -> Iterator[_Stop]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _locked(workdir: Path) -> Iterator[None]:
+    """Keeps other runs out of the directory. The lock is the kernel's, so a killed process leaves none behind."""
+    with (workdir / ".lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            owner = file.read().strip() or "another process"
+            raise config_error("workdir", str(workdir), f"{owner} is training in it", "wait for it, or give another --workdir") from None
+        except OSError as error:
+            logger.warning("%s cannot be locked (%s): see to it that no second run starts in it", workdir, error.strerror)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}")
+        file.flush()
+        yield

@@ -128,12 +128,18 @@ class Program:
             ConfigError: see `check_rows`.
         """
         self.check_rows(rows)
-        if not training:
-            sharding = NamedSharding(self.mesh, P(BATCH_AXES))
-            return {n: jax.make_array_from_process_local_data(sharding, np.asarray(x)) for n, x in rows.items()}
-        sharding = NamedSharding(self.mesh, P(None, BATCH_AXES))
-        split = {n: np.asarray(x).reshape(self.batch.accumulate, -1, *x.shape[1:]) for n, x in rows.items()}
-        return {n: jax.make_array_from_process_local_data(sharding, x) for n, x in split.items()}
+        arrays = {n: np.asarray(x) for n, x in rows.items()}
+        if training:
+            arrays = {n: x.reshape(self.batch.accumulate, -1, *x.shape[1:]) for n, x in arrays.items()}
+        sharding = self._batch_shardings[training]
+        if jax.process_count() == 1:
+            return jax.device_put(arrays, sharding)  # half the host time of the general call
+        return {n: jax.make_array_from_process_local_data(sharding, x) for n, x in arrays.items()}
+
+    @functools.cached_property
+    def _batch_shardings(self) -> tuple[NamedSharding, NamedSharding]:
+        """Of a batch for evaluation, and of one for training."""
+        return NamedSharding(self.mesh, P(BATCH_AXES)), NamedSharding(self.mesh, P(None, BATCH_AXES))
 
 
 def build_program(

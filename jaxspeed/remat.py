@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rematerialisation policies by name: what a layer keeps for its backward pass.
 
-Whole weights are never kept, whatever the policy: at ZeRO stage 3 the backward pass gathers them
-again, which is what makes it stage 3. Layer 1.
+No policy keeps a whole weight: at ZeRO stage 3 the backward pass gathers it again, which is what
+makes it stage 3. Layer 1.
 """
 
 from collections.abc import Callable
@@ -10,15 +10,14 @@ from typing import Any
 
 import jax
 
-from jaxspeed.sharding import WEIGHT_NAME
 
+PRODUCTS = frozenset({"dot_general", "conv_general_dilated", "pallas_call", "dot_product_attention_fwd_wrapper"})
+"""Primitives whose results are dear: matrix products and attention kernels."""
 
-MOVES = frozenset(
-    {"all_gather", "broadcast_in_dim", "convert_element_type", "reshape", "sharding_constraint", "squeeze", "transpose"}
-)
-"""Primitives that only move or cast: done again rather than kept, and all that happens to a weight before its product."""
+PROBABILITIES_NAME = "probabilities"
+"""The checkpoint name of attention's probabilities, where a kernel holds them."""
 
-ATTENTION_NAMES = ("q", "k", "v", "attended")
+ATTENTION_NAMES = frozenset({"q", "k", "v", "attended"})
 """Checkpoint names that attention gives its operands and its result."""
 
 
@@ -27,13 +26,13 @@ def checkpoint_layer(layer: Callable[..., Any], policy: str) -> Callable[..., An
 
     Args:
         layer: the body of a scan over layers.
-        policy: none (keep what the backward pass reads), full (keep the layer's inputs only),
-            dots (keep the results of matrix products), attention (keep what attention reads and
-            gives).
+        policy: none (do no product again; elementwise work is done again, which is cheaper than
+            keeping it), full (keep the layer's inputs only), dots (keep the results of matrix
+            products, attention's own apart), attention (keep what attention reads and gives).
     """
     policies = jax.checkpoint_policies
     table = {
-        "none": _all_but_weights,
+        "none": _keep_products,
         "full": policies.nothing_saveable,
         "dots": policies.dots_with_no_batch_dims_saveable,
         "attention": policies.save_only_these_names(*ATTENTION_NAMES),
@@ -41,8 +40,7 @@ def checkpoint_layer(layer: Callable[..., Any], policy: str) -> Callable[..., An
     return jax.checkpoint(layer, policy=table[policy], prevent_cse=False)
 
 
-def _all_but_weights(primitive: Any, *_: Any, **params: Any) -> bool:
-    # save_anything_except_these_names would keep what the name was given to (jax 0.10).
+def _keep_products(primitive: Any, *_: Any, **params: Any) -> bool:
     if primitive.name == "name":
-        return params["name"] != WEIGHT_NAME
-    return primitive.name not in MOVES
+        return params["name"] in ATTENTION_NAMES or params["name"] == PROBABILITIES_NAME
+    return primitive.name in PRODUCTS

@@ -16,7 +16,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
@@ -40,10 +39,6 @@ pass read, gathered layer by layer.
 
 TENSOR_DIMS = frozenset({"heads", "kv_heads", "mlp", "vocab"})
 """Logical dims that the `tensor` axis splits."""
-
-WEIGHT_NAME = "weight"
-"""The checkpoint name of materialised weights: never kept for the backward pass."""
-
 
 @dataclass(frozen=True)
 class Placement:
@@ -147,7 +142,7 @@ class Weight:
             ndim=self.copy.ndim,
         )
         slot = jnp.zeros((), jnp.float32) if self.slot is None else self.slot
-        return checkpoint_name(_materialise(plan, self.copy, slot), WEIGHT_NAME)
+        return _materialise(plan, self.copy, slot)
 
 
 def materialise(weight: Any) -> Any:
@@ -204,7 +199,7 @@ def _whole(plan: _Plan, copy: Array) -> Array:
 
 
 def _materialise_fwd(plan: _Plan, copy: Array, slot: Array) -> tuple[Array, None]:
-    # Not _materialise: a nested custom_vjp call would be kept by rematerialisation policies.
+    # Not _materialise: a custom_vjp call within a custom_vjp rule is opaque to rematerialisation.
     return _whole(plan, copy), None
 
 

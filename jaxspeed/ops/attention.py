@@ -37,7 +37,8 @@ def attention(
     """
     settings = current()
     chosen, _ = choose_attention(settings.attention, settings.platform, settings.compute, q.shape, k.shape, segment_ids is not None)
-    q, k, v = (checkpoint_name(x, name) for x, name in ((q, "q"), (k, "k"), (v, "v")))
+    if chosen != "cpu":  # which names its own, in the layout that it reads
+        q, k, v = (checkpoint_name(x, name) for x, name in ((q, "q"), (k, "k"), (v, "v")))
     out = _KERNELS[chosen](q.astype(settings.compute), k.astype(settings.compute), v.astype(settings.compute), segment_ids)
     return checkpoint_name(out.astype(settings.activations), "attended")
 

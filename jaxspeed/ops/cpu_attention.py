@@ -10,9 +10,11 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from jaxspeed.ops.linear import pack, unpack
+from jaxspeed.remat import PROBABILITIES_NAME
 
 
 def cpu_attention(
@@ -53,7 +55,8 @@ def _attend_fwd(B: int, N: int, q: Array, k: Array, v: Array, visible: Array) ->
     exps = jnp.exp(scores - jnp.max(scores, axis=1, keepdims=True))
     probs = (exps / jnp.sum(exps, axis=1, keepdims=True)).astype(q.dtype)
     out = _dot(_turned(B, v), probs, 1).astype(q.dtype)
-    return out, (pack(q), pack(k), pack(v), pack(probs), jnp.zeros((0,), q.dtype))
+    kept = [checkpoint_name(pack(x), name) for x, name in ((q, "q"), (k, "k"), (v, "v"), (probs, PROBABILITIES_NAME))]
+    return out, (*kept, jnp.zeros((0,), q.dtype))
 
 
 def _attend_bwd(B: int, N: int, residuals: tuple[Array, ...], g: Array) -> tuple[Array, Array, Array, None]:

@@ -13,11 +13,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from jaxspeed.ambient import current
-from jaxspeed.sharding import WEIGHT_NAME
 
 
 def linear(
@@ -93,9 +91,8 @@ def _product(compute: Any, out: Any, x: Array, w: Array) -> Array:
 
 def _product_fwd(compute: Any, out: Any, x: Array, w: Array) -> tuple[Array, tuple[Array, ...]]:
     xc = x.astype(compute)
-    wc = checkpoint_name(w.astype(compute), WEIGHT_NAME)
-    kept = checkpoint_name(pack(xc), "product_input")
-    return dot(xc, wc, (1, 0)).astype(out), (kept, wc, jnp.zeros((0,), x.dtype))
+    wc = w.astype(compute)
+    return dot(xc, wc, (1, 0)).astype(out), (pack(xc), wc, jnp.zeros((0,), x.dtype))
 
 
 def _product_bwd(compute: Any, out: Any, residuals: tuple[Array, ...], g: Array) -> tuple[Array, Array]:

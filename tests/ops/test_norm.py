@@ -64,7 +64,7 @@ def test_norm_computes_in_float32_and_returns_the_activation_dtype(norm: str) ->
     x, scale, bias, _ = arrays((4, 16))
     x = x.astype(jnp.bfloat16)
     with ambient(compute=jnp.bfloat16, activations=jnp.bfloat16):
-        y = jax.jit(NORMS[norm][0])(x, scale, bias)
+        y = jax.jit(lambda *args: NORMS[norm][0](*args))(x, scale, bias)
     assert y.dtype == jnp.bfloat16
     exact = jax.jit(NORMS[norm][1])(x.astype(jnp.float32), scale, bias)
     np.testing.assert_allclose(y.astype(jnp.float32), exact, rtol=2**-8, atol=1e-6)
