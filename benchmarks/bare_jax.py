@@ -3,7 +3,7 @@
 
 It is one file without abstractions, and not a second engine: no mesh, no checkpoint, no
 configuration. It imports nothing of jaxspeed, so the ratio of the two says what the library
-costs. Weights and data come from the file that `peers/torch_gpt2.py --dump` writes, so the
+costs. Weights and data come from the file that `peer_torch.py --dump` writes, so the
 losses can be compared with PyTorch's to the fifth digit.
 
     taskset -c 1 python benchmarks/bare_jax.py --vocab 8192 --bf16 --npz weights.npz

@@ -22,7 +22,14 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxspeed import launch
-from jaxspeed.config import ConfigError, DTypeConfig, MeshConfig, RunConfig, ZeroConfig
+from jaxspeed.config import (
+    ConfigError,
+    DTypeConfig,
+    MeshConfig,
+    RunConfig,
+    ZeroConfig,
+    config_error,
+)
 from jaxspeed.ledger import Ledger, read_ledger, read_partitioned
 from jaxspeed.program import build_program
 from jaxspeed.topology import Topology, get_topology
@@ -54,7 +61,7 @@ def main() -> int:
     return 0
 
 
-def measure(topology: Topology, stage: int, args: argparse.Namespace) -> dict[str, Any]:
+def measure(topology: Topology, stage: Any, args: argparse.Namespace) -> dict[str, Any]:
     """Returns what one step sends, asked for and made, and its memory."""
     sizes = {"num_layers": args.layers, "num_heads": args.heads, "d_model": args.dim}
     run = RunConfig(
@@ -72,14 +79,16 @@ def measure(topology: Topology, stage: int, args: argparse.Namespace) -> dict[st
     program = build_program(run, devices=topology.devices)
     axes = dict(program.mesh.shape)
     lowered = program.lower_step(["inputs"])
-    compiled = lowered.compile(compiler_options=dict(topology.compiler_options))
-    memory = compiled.memory_analysis()
+    options = {**topology.compiler_options, **_options(args.option)}
+    compiled = lowered.compile(compiler_options=options)
+    memory: Any = compiled.memory_analysis()
     parameters = sum(x.size for x in jax.tree.leaves(program.abstract_state["params"]))
     return {
         "topology": topology.name,
         "stage": stage,
         "mesh": axes,
         "accumulate": args.accumulate,
+        "compiler_options": options,
         "parameters": parameters,
         "argument_bytes": memory.argument_size_in_bytes,
         "peak_bytes": memory.peak_memory_in_bytes,
@@ -87,6 +96,13 @@ def measure(topology: Topology, stage: int, args: argparse.Namespace) -> dict[st
         "asked": _in_psi(read_partitioned(lowered, axes), parameters),
         "made": _in_psi(read_ledger(compiled, axes), parameters),
     }
+
+
+def _options(given: list[str]) -> dict[str, str]:
+    for option in given:
+        if "=" not in option:
+            raise config_error("option", option, "it has no value", "give NAME=VALUE")
+    return dict(option.split("=", 1) for option in given)
 
 
 def formula(stage: int, accumulate: int) -> dict[str, float]:
@@ -172,6 +188,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--vocab", type=int, default=8192)
     parser.add_argument("--seq", type=int, default=256)
     parser.add_argument("--micro_batch", type=int, default=1)
+    parser.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        help="compiler option, NAME=VALUE; repeatable",
+    )
     parser.add_argument("--remat", default="full")
     parser.add_argument(
         "--json", action="store_true", help="one JSON list on standard output"

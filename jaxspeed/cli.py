@@ -11,21 +11,21 @@ import dataclasses
 import importlib.util
 import io
 import json
+import logging
+import os
 import re
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from jaxspeed.config import ConfigError, RunConfig, suggest
 
 
-USAGE = """\
-usage: python train.py RECIPE [--FIELD VALUE ...] [--deepspeed ds_config.json]
-
-Trains a recipe (a Python file with config() -> RunConfig); goes on where it was if the run
-directory holds a checkpoint.
-
+EXAMPLES = """\
 examples:
   python train.py configs/tiny.py                                  a small GPT on Shakespeare
   python train.py configs/tiny.py --steps 50 --optim.lr 1e-3       other settings
@@ -36,13 +36,32 @@ examples:
   python train.py configs/tiny.py --help                           every field, with its default
 """
 
+USAGE = f"""\
+usage: python train.py RECIPE [--FIELD VALUE ...] [--deepspeed ds_config.json]
+
+Trains a recipe (a Python file with config() -> RunConfig); goes on where it was if the run
+directory holds a checkpoint. Ctrl-C saves and leaves.
+
+{EXAMPLES}"""
+
+
+NOTES = """
+A field is written as in a recipe: --data.path a.txt b.txt (several), --data.shuffle False (yes or no),
+--global_batch_size None (not given), --data.weights (nothing after it: none).
+--deepspeed FILE applies a DeepSpeed JSON to the recipe first.
+"""
+
 
 def train(argv: Sequence[str]) -> int:
     """Runs `train.py`; returns its exit code."""
-    if not argv or (argv[0] in ("-h", "--help")):
+    if not argv:
+        sys.stderr.write(USAGE)
+        return 2
+    if argv[0] in ("-h", "--help"):
         sys.stdout.write(USAGE)
-        return 0 if argv else 2
-    return _guarded(lambda: _train(argv))
+        return 0
+    with _terminable():
+        return _guarded(lambda: _train(argv))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,20 +85,25 @@ def load_recipe(path: str) -> RunConfig:
     """Returns the configuration that a recipe file makes.
 
     Raises:
-        ConfigError: no such file, or it has no `config()` that returns a RunConfig.
+        ConfigError: no such file, an error in it, or no `config()` that returns a RunConfig.
     """
     file = Path(path)
     if file.suffix != ".py" or not file.is_file():
         known = [str(p) for p in sorted(Path("configs").rglob("*.py"))]
-        raise ConfigError(f"recipe {path!r}: no such Python file; give one of {known or 'your own'}.{suggest(path, known)}")
+        raise ConfigError(f"recipe {path!r}: no such Python file; give one of {known or 'your own'} as the first argument.{suggest(path, known)}")
     for root in (str(Path.cwd()), str(file.resolve().parent)):
         if root not in sys.path:
             sys.path.insert(0, root)
     spec = importlib.util.spec_from_file_location(file.stem, file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    run = module.config() if hasattr(module, "config") else None
+    try:
+        spec.loader.exec_module(module)
+        run = module.config() if hasattr(module, "config") else None
+    except ConfigError:
+        raise
+    except Exception as error:  # a recipe is a program: it may raise anything
+        raise ConfigError(f"recipe {path!r}: {_place(error, file)}{type(error).__name__}: {error}") from error
     if not isinstance(run, RunConfig):
         raise ConfigError(f"recipe {path!r}: it must define config() and return a RunConfig, not {type(run).__name__}")
     return run
@@ -102,17 +126,21 @@ def override(run: RunConfig, flags: Sequence[str], *, prog: str) -> RunConfig:
     try:
         with contextlib.redirect_stderr(said):
             return tyro.cli(
-                RunConfig[type(run.model)], default=run, args=list(flags), prog=prog,
+                RunConfig[type(run.model)], default=run, args=list(flags), prog=prog, description=EXAMPLES + NOTES,
                 config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff), use_underscores=True,
             )  # fmt: skip
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        text = re.sub(r"[^\x20-\x7e]|-{4,}", " ", said.getvalue())
-        raise ConfigError(re.sub(r"\s+", " ", text).strip() or "bad value on the command line") from None
+        raise ConfigError(_complaint(said.getvalue(), prog)) from None
+    except (ArithmeticError, LookupError, TypeError) as error:
+        raise ConfigError(f"command line: {_place(error)}{type(error).__name__}: {error}") from error
 
 
 def _train(argv: Sequence[str]) -> int:
+    from jaxspeed import launch
+
+    launch.quiet()
     recipe, rest = argv[0], list(argv[1:])
     json_path, flags = _take(rest, "--deepspeed")
     run, answers = load_recipe(recipe), []
@@ -122,17 +150,19 @@ def _train(argv: Sequence[str]) -> int:
         run, answers = apply_deepspeed(run, load_deepspeed_json(json_path))
     run = override(run, flags, prog=f"python train.py {recipe}")
 
-    from jaxspeed import launch
-
     launch.start(run)
-    from jaxspeed.loop import TrainingError, fit
 
-    try:
-        result = fit(run, name=Path(recipe).stem, answers=answers)
-    except TrainingError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 1
-    return 128 + result.stopped_by if result.stopped_by else 0
+    def fit() -> int:
+        from jaxspeed import loop
+
+        try:
+            with _shown_log():
+                result = loop.fit(run, name=Path(recipe).stem, answers=answers)
+        except loop.TrainingError as error:
+            raise ConfigError(str(error)) from error
+        return 128 + result.stopped_by if result.stopped_by else 0
+
+    return _guarded(fit, leave=launch.leave)
 
 
 def _explain(args: argparse.Namespace) -> int:
@@ -149,6 +179,9 @@ def _explain(args: argparse.Namespace) -> int:
 
 
 def _doctor(args: argparse.Namespace) -> int:
+    from jaxspeed import launch
+
+    launch.quiet()
     from jaxspeed.doctor import examine, show
 
     findings = examine()
@@ -163,13 +196,111 @@ def _report(args: argparse.Namespace) -> int:
     return 0
 
 
-def _guarded(action: Callable[[], int]) -> int:
-    """Returns the action's exit code; 2 and one line on stderr if the user's input was at fault."""
+def _guarded(action: Callable[[], int], leave: Callable[[int], None] = lambda code: None) -> int:
+    """Returns the action's exit code, or what its failure stands for; then first calls `leave`.
+
+    What the user can mend is one line on stderr and code 2.
+    """
     try:
         return action()
     except ConfigError as error:
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
-        return 2
+        code = 2
+    except KeyboardInterrupt as stop:
+        number = stop.args[0] if stop.args else signal.SIGINT
+        sys.stderr.write(f"stopped at once by {signal.Signals(number).name}; what was saved before is whole\n")
+        code = 128 + number
+    except BrokenPipeError:
+        # Nobody reads on (`| head`); without this the interpreter complains when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 128 + signal.SIGPIPE
+    except Exception:  # a defect: shown in full, but as one of several processes still left by
+        traceback.print_exc()
+        code = 1
+    leave(code)
+    return code
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Lets SIGTERM interrupt as Ctrl-C does, with a word and its own exit code."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        del frame
+        raise KeyboardInterrupt(number)
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+@contextlib.contextmanager
+def _shown_log() -> Iterator[None]:
+    """Shows what the library logs, each line once: choices and long preparations on stdout, warnings on stderr."""
+    import jax
+
+    said: set[str] = set()
+
+    def plain_and_new(record: logging.LogRecord) -> bool:
+        new = record.getMessage() not in said
+        said.add(record.getMessage())
+        return new and record.levelno < logging.WARNING
+
+    plain, warnings = logging.StreamHandler(sys.stdout), logging.StreamHandler(sys.stderr)
+    plain.addFilter(plain_and_new)
+    warnings.setLevel(logging.WARNING)
+    library = logging.getLogger("jaxspeed")
+    before = library.level, library.propagate
+    library.setLevel(logging.INFO if jax.process_index() == 0 else logging.WARNING)
+    library.propagate = False  # some package that we import gives the root logger a handler
+    for handler in (plain, warnings):
+        library.addHandler(handler)
+    try:
+        yield
+    finally:
+        level, library.propagate = before
+        library.setLevel(level)
+        for handler in (plain, warnings):
+            library.removeHandler(handler)
+
+
+def _complaint(text: str, prog: str) -> str:
+    """Returns in one line what tyro says in a box."""
+    text = re.sub(r"\s+", " ", re.sub(r"[^\x20-\x7e]|-{4,}", " ", text)).strip()
+    ours = re.search(r"Error parsing (?!--)\S+: (.*?)( For full helptext.*)?$", text)
+    if ours:
+        return ours[1]
+    for pattern, words in COMPLAINTS:
+        text = re.sub(pattern, words, text)
+    return f"{text.rstrip('.') or 'bad value on the command line'}; `{prog} --help` explains the fields"
+
+
+COMPLAINTS = (
+    (r" (Argument helptext|For full helptext).*", ""),
+    (r"^(Value error|Invalid choice|Missing argument|Unrecognized options|Parsing error) (?=\S)", ""),
+    (r"^Error parsing (--\S+): ", r"\1: "),
+    (r"invalid literal for int\(\) with base 10: ('.*')", r"\1 is not a whole number"),
+    (r"could not convert string to float: ('.*')", r"\1 is not a number"),
+    (r"no type matching (\S+) could be instantiated from \[(.*?)\]\..*", r"\2 is not \1"),
+    (r"Could not find valid parse for arguments: ", "cannot read "),
+    (r"^invalid choice ('.*') for argument '(.*?)'\. Expected", r"\2: \1 is not"),
+    (r"^Missing value for argument '(.*?)'\. Expected (\d+) values?\.", r"\1: it wants a value"),
+    (r"^Unrecognized options: ", "not understood: "),
+)
+"""What tyro's words become: (pattern, replacement), in this order."""
+
+
+def _place(error: BaseException, file: Path | None = None) -> str:
+    """Returns "FILE line N: " of the innermost frame (in the file, if one is given), or ""."""
+    if isinstance(error, SyntaxError):
+        return f"line {error.lineno}: "
+    frames = traceback.extract_tb(error.__traceback__)
+    if file is not None:
+        lines = [frame.lineno for frame in frames if Path(frame.filename).resolve() == file.resolve()]
+        return f"line {lines[-1]}: " if lines else ""
+    return f"{Path(frames[-1].filename).name} line {frames[-1].lineno}: " if frames else ""
 
 
 def _take(flags: list[str], name: str) -> tuple[str | None, list[str]]:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sampling text from a model in training, by the same forward pass that trains it.
 
-Each new token runs the model over a window of `seq_len` tokens; layers are gathered one at a time,
-so it fits wherever training does. It is for a look at the model during a run, not for serving:
-there is no key-value cache.
+Each new token runs the model over a window of what came before, at most `seq_len` tokens; layers
+are gathered one at a time, so it fits wherever training does. It is for a look at the model during
+a run, not for serving: there is no key-value cache.
 """
 
 import functools
@@ -37,19 +37,24 @@ def sample_tokens(
         temperature: 0 takes the likeliest token.
         key: of the draws.
     """
-    window = program.run.seq_len
+    window = _window(len(prompt) + num_tokens, program.run.seq_len)
     start = np.asarray(prompt[-window:], np.int32)
     buffer = np.zeros(window, np.int32)
     buffer[: len(start)] = start
-    sampler = _make_sampler(program, num_tokens, temperature > 0)
+    sampler = _make_sampler(program, window, num_tokens, temperature > 0)
     drawn = sampler(params, buffer, np.int32(len(start)), np.float32(max(temperature, 1e-6)), key)
     return np.concatenate([np.asarray(prompt, np.int32), np.asarray(drawn)])
 
 
+def _window(wanted: int, seq_len: int) -> int:
+    """Returns how many tokens the model looks at: no more than will be there, in whole blocks of the attention kernels."""
+    return min(seq_len, -(-wanted // 128) * 128)
+
+
 @functools.lru_cache(maxsize=4)
-def _make_sampler(program: Program, num_tokens: int, draws: bool) -> Callable[..., jax.Array]:
-    """Returns `(params, window, length, temperature, key) -> (num_tokens,)`, jitted."""
-    spec, window = program.spec, program.run.seq_len
+def _make_sampler(program: Program, window: int, num_tokens: int, draws: bool) -> Callable[..., jax.Array]:
+    """Returns `(params, tokens, length, temperature, key) -> (num_tokens,)`, jitted; `tokens` has `window` slots."""
+    spec = program.spec
 
     def local(params: Params, tokens: jax.Array, length: jax.Array, temperature: jax.Array, key: jax.Array) -> jax.Array:
         weights = compute_weights(spec, params)

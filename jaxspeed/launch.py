@@ -2,11 +2,13 @@
 """What must happen to a process before jax starts: allocator, virtual devices, compile cache, distributed set-up.
 
 jax ends a process whose job does not come together with a stack trace, and never writes a damaged
-entry of its compilation cache anew; both are dealt with here. Layer 4.
+entry of its compilation cache anew; both are dealt with here. jax is imported by the functions:
+what `quiet` sets must be there when jax is loaded. Layer 4.
 """
 
 import contextlib
 import ctypes
+import glob
 import logging
 import os
 import signal
@@ -18,13 +20,14 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-import jax
-
 from jaxspeed.config import ConfigError, RunConfig, config_error
 
 
 JOIN_TIMEOUT_S = float(os.environ.get("JAXSPEED_JOIN_TIMEOUT_S", "300"))
 """How long a process waits for the others of its job to start."""
+
+_ACCELERATORS = ("/dev/nvidia*", "/dev/nvhost*", "/dev/nvgpu*", "/dev/dxg", "/dev/kfd", "/dev/accel*", "/dev/vfio/[0-9]*")
+"""Device files of NVIDIA and AMD GPUs and of TPUs."""
 
 _ZLIB_MAGIC = 0x78
 
@@ -38,6 +41,8 @@ def start(run: RunConfig) -> None:
     """
     quiet()
     keep_freed_memory()
+    import jax
+
     if run.virtual_devices:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", run.virtual_devices)
@@ -51,11 +56,18 @@ def quiet() -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
-    logging.getLogger("jax._src.xla_bridge").setLevel(logging.ERROR)
-    logging.getLogger("absl").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", message=".*Transparent hugepages are not enabled.*")
+    warnings.filterwarnings("ignore", message="Transparent hugepages are not enabled")
     # A damaged or unwritable entry costs a compilation, nothing else.
     warnings.filterwarnings("ignore", message="Error (reading|writing) persistent compilation cache entry")
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    logging.getLogger("jax._src.xla_bridge").setLevel(logging.ERROR)
+    import jax
+
+    if sys.platform == "linux" and not any(glob.glob(pattern) for pattern in _ACCELERATORS):
+        # The plugins of absent hardware would print traces and warnings.
+        logging.getLogger("jax._src.xla_bridge").setLevel(logging.CRITICAL)
+        if not jax.config.jax_platforms:
+            jax.config.update("jax_platforms", "cpu")
 
 
 def keep_freed_memory() -> None:
@@ -81,6 +93,8 @@ def leave(code: int) -> None:
 
     jax would first wait minutes for the others, which wait for this one.
     """
+    import jax
+
     if code and jax.distributed.is_initialized():
         sys.stdout.flush()
         sys.stderr.flush()
@@ -95,6 +109,8 @@ def _use_compile_cache(path: Path) -> None:
             f"compile_cache={str(path)!r}: {error.strerror}; give a writable folder, or '' for none"
         ) from None
     _drop_damaged(path)
+    import jax
+
     jax.config.update("jax_compilation_cache_dir", str(path))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
@@ -130,6 +146,8 @@ def _is_whole(entry: bytes) -> bool:
 
 def _join(run: RunConfig) -> None:
     """Joins the run's process group, named explicitly or found in the cluster's environment."""
+    import jax
+
     if jax.distributed.is_initialized():
         return
     if run.coordinator or run.num_processes or run.process_id >= 0:
@@ -158,6 +176,8 @@ def _initialise(who: str, *group: str | int) -> None:
         f"{who}: not all processes of the job came within {JOIN_TIMEOUT_S:g} s; check that every one "
         "was started and reaches the coordinator's address, or set JAXSPEED_JOIN_TIMEOUT_S"
     )
+    import jax
+
     try:
         with _deadline(JOIN_TIMEOUT_S, late):
             jax.distributed.initialize(*group, initialization_timeout=int(JOIN_TIMEOUT_S) + 60)  # type: ignore[arg-type]
@@ -194,6 +214,8 @@ def _deadline(seconds: float, message: str) -> Iterator[None]:
 
 def _cluster() -> str:
     """Returns what in the environment speaks of several processes, or ""."""
+    import jax
+
     env = os.environ
     if int(env.get("SLURM_NTASKS") or 1) > 1 and "SLURM_STEP_NODELIST" in env:
         return f"Slurm: task {env.get('SLURM_PROCID')} of {env['SLURM_NTASKS']}"

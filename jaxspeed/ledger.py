@@ -229,7 +229,7 @@ def axes_of_groups(groups: Iterable[Sequence[int]], axes: Axes) -> tuple[str, ..
             the mesh.
         axes: of the mesh.
     """
-    groups = [tuple(group) for group in groups]
+    groups = list(groups)
     names = _varying_axes(groups, axes)
     size = math.prod(axes[name] for name in names)
     # Devices of a group agree on all other axes, so the right number of them is all.
@@ -268,11 +268,11 @@ def _read(text: str, axes: Axes, unknown_trips: int | None) -> Ledger:
 
 
 _GROUP_LIST = re.compile(r"\breplica_groups=\{((?:\{[\d, ]*\},? ?)*)\}")
-_GROUP_IOTA = re.compile(
-    r"\breplica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?"
-)
+_IOTA = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
+_GROUP_IOTA = re.compile(rf"\breplica_groups=\[([\d,]+)\]<={_IOTA}")
 _GROUP_MESH = re.compile(
-    r"\breplica_groups=mesh\[((?:'\w+'=\d+,?)+)\] ?\{((?:'\w+',?)+)\}"
+    rf"\breplica_groups=mesh\[((?:'\w+'=\d+,?)+)\](?:, device_ids=\({_IOTA}\))?"
+    r" ?\{((?:'\w+',?)+)\}"
 )
 _AXIS, _QUOTED = re.compile(r"'(\w+)'=(\d+)"), re.compile(r"'(\w+)'")
 _PAIRS = re.compile(r"source_target_pairs=\"?\{((?:\{\d+, ?\d+\},? ?)*)\}")
@@ -297,18 +297,21 @@ def _parse_groups(attributes: str, devices: int) -> list[tuple[int, ...]] | None
         groups = [_integers(group) for group in _BRACES.findall(match[1])]
         return [g for g in groups if g] or [tuple(range(devices))]
     if match := _GROUP_IOTA.search(attributes):
-        shape, dims = _integers(match[1]), _integers(match[2])
-        order = _integers(match[3]) if match[3] else tuple(range(len(dims)))
-        ids = np.arange(math.prod(dims)).reshape(dims).transpose(order).reshape(shape)
+        ids = _iota(match[2], match[3]).reshape(_integers(match[1]))
         return [tuple(group) for group in ids.tolist()]
     if match := _GROUP_MESH.search(attributes):
         sizes = {name: int(size) for name, size in _AXIS.findall(match[1])}
-        used = [list(sizes).index(name) for name in _QUOTED.findall(match[2])]
-        ids = np.arange(math.prod(sizes.values())).reshape(*sizes.values())
-        ids = np.moveaxis(ids, used, range(-len(used), 0))
+        used = [list(sizes).index(name) for name in _QUOTED.findall(match[4])]
+        ids = _iota(match[2] or str(math.prod(sizes.values())), match[3])
+        ids = np.moveaxis(ids.reshape(*sizes.values()), used, range(-len(used), 0))
         shape = -1, math.prod(ids.shape[-len(used) :])
         return [tuple(group) for group in ids.reshape(shape).tolist()]
     return None
+
+
+def _iota(dims: str, order: str | None) -> np.ndarray:
+    ids = np.arange(math.prod(_integers(dims))).reshape(_integers(dims))
+    return ids.transpose(_integers(order)) if order else ids
 
 
 def _integers(text: str) -> tuple[int, ...]:
@@ -330,10 +333,9 @@ class _Instruction:
     is_root: bool
 
     def attribute(self, name: str) -> str:
-        match = re.search(rf"\b{name}=%?([\w.\-]+)", self.attributes)
-        if match is None:
-            raise LedgerError(f"instruction {self.name} has no {name}")
-        return match[1]
+        if match := re.search(rf"\b{name}=%?([\w.\-]+)", self.attributes):
+            return match[1]
+        raise LedgerError(f"instruction {self.name} has no {name}")
 
     @property
     def called(self) -> list[str]:
@@ -628,11 +630,11 @@ def _is_reduce_scatter_fusion(fusion: _Instruction) -> bool:
 
 
 def _as_reduce_scatter(found: _Found) -> _Found:
-    c = found.collective
+    c, kind = found.collective, "reduce-scatter"
     if c.kind != "all-reduce":
         return found
-    wire = _wire_bytes("reduce-scatter", c.payload_bytes, c.group_size)
-    return found.replace(kind="reduce-scatter", wire_bytes=wire, sliced=False)
+    wire = _wire_bytes(kind, c.payload_bytes, c.group_size)
+    return found.replace(kind=kind, wire_bytes=wire, sliced=False)
 
 
 # All-reduces that are reduce-scatters in disguise
@@ -706,8 +708,6 @@ def _inside(home: _Computation, i: _Instruction) -> Iterator[_Instruction]:
 # Trip counts
 
 
-_MAX_TRIPS = 1 << 16
-
 _ARITHMETIC: Mapping[str, Callable[[int, int], int]] = {
     "add": operator.add,
     "subtract": operator.sub,
@@ -734,7 +734,7 @@ def _count_trips(home: _Computation, loop: _Instruction) -> int | None:
             state[slot] = _initial(home, loop, slot)
         return state[slot]
 
-    for trips in range(_MAX_TRIPS):
+    for trips in range(1 << 16):
         go_on = _integer(condition, condition.root.name, (carry,))
         if not go_on:
             return trips if go_on is not None else None

@@ -171,8 +171,9 @@ class _Run:
         self.clock.restart(start)
         while step < run.steps and not self.stop.agreed():
             rows = next(self.data)
+            batch = self.program.put_batch(rows)
             with jax.transfer_guard("disallow"):
-                state, metrics = step_fn(state, self.program.put_batch(rows))
+                state, metrics = step_fn(state, batch)
             step += 1
             if pending:
                 self._note(pending, state)

@@ -67,7 +67,7 @@ class Layers(nnx.Module):
         return x
 
 
-def split(model: nnx.Module) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+def split(model: Any) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     """Returns (graphdef, parameters, logical dims) of a model.
 
     Parameters are a nested dict of arrays (or of shapes, for an abstract model); dims mirror it,

@@ -90,11 +90,25 @@ class Program:
 
     @functools.cached_property
     def process_rows(self) -> tuple[int, int]:
-        """Which share (index, count) of each batch's rows this process feeds."""
-        shards = np.arange(self.batch.shards).reshape([self.mesh.shape[a] for a in BATCH_AXES] + [1])
-        mine = [d.process_index == jax.process_index() for d in self.mesh.devices.flat]
-        held = np.unique(np.broadcast_to(shards, self.mesh.devices.shape).reshape(-1)[np.asarray(mine)])
-        return int(held[0]) // len(held), self.batch.shards // len(held)
+        """Which share (index, count) of each batch's rows this process feeds.
+
+        Processes with the same batch shards (they differ in `tensor`) feed the same rows. A
+        process's shards need not be neighbours: on a TPU its devices form a block of the grid.
+
+        Raises:
+            ConfigError: processes hold parts that overlap.
+        """
+        held: dict[int, set[int]] = {}
+        for shard, group in enumerate(self.mesh.devices.reshape(self.batch.shards, -1)):
+            for device in group:
+                held.setdefault(device.process_index, set()).add(shard)
+        shares = sorted({tuple(sorted(part)) for part in held.values()})
+        if len(set(map(len, shares))) > 1 or sum(map(len, shares)) != self.batch.shards:
+            raise ConfigError(
+                f"mesh {dict(self.mesh.shape)}: the devices of a process hold parts of the batch that overlap with another's; "
+                "let tensor divide the devices of a process, or be a multiple of them"
+            )
+        return shares.index(tuple(sorted(held[jax.process_index()]))), len(shares)
 
     @functools.cached_property
     def micro(self) -> "Program":

@@ -10,7 +10,7 @@ gradient goes. No other module knows what a stage is. ADR 0001.
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -190,12 +190,12 @@ def _materialise(plan: _Plan, copy: Array, slot: Array) -> Array:
 
 
 def _whole(plan: _Plan, copy: Array) -> Array:
-    whole = copy
+    tensor = plan.spec if plan.constrain else None
     if plan.gather is not None:
-        whole = jax.lax.all_gather(copy.astype(plan.compute), "fsdp", axis=plan.gather % plan.ndim, tiled=True)
-    if plan.constrain:
-        whole = jax.lax.with_sharding_constraint(whole, plan.spec)
-    return whole.astype(jnp.float32)
+        copy = all_gather(copy, plan.gather % plan.ndim, plan.compute, tensor)
+    elif tensor is not None:
+        copy = jax.lax.with_sharding_constraint(copy, tensor)
+    return copy.astype(jnp.float32)
 
 
 def _materialise_fwd(plan: _Plan, copy: Array, slot: Array) -> tuple[Array, None]:
@@ -207,13 +207,44 @@ def _materialise_bwd(plan: _Plan, _: None, gradient: Array) -> tuple[None, Array
     if plan.constrain:
         gradient = jax.lax.with_sharding_constraint(gradient, plan.spec)
     if plan.scatter is not None:
-        gradient = reduce_scatter(gradient, plan.scatter % plan.ndim, plan.reduce_dtype)
+        gradient = reduce_scatter(gradient, plan.scatter % plan.ndim, plan.reduce_dtype, plan.spec if plan.constrain else None)
     return None, gradient
 
 
 _materialise.defvjp(_materialise_fwd, _materialise_bwd)
 
 
-def reduce_scatter(gradient: Array, dim: int, dtype: Any) -> Array:
-    """Returns this device's shard, along `dim`, of the sum over `fsdp`, sent as `dtype`."""
-    return jax.lax.psum_scatter(gradient.astype(dtype), "fsdp", scatter_dimension=dim, tiled=True).astype(jnp.float32)
+def all_gather(shard: Array, dim: int, dtype: Any, tensor: P | None) -> Array:
+    """Returns the whole of an array that is sharded along `dim` over `fsdp`, sent as `dtype`.
+
+    Args:
+        shard: this device's part.
+        dim: which dim is sharded.
+        dtype: of the result.
+        tensor: its partition over `tensor`; None where that axis has size 1.
+    """
+    gather = functools.partial(jax.lax.all_gather, axis_name="fsdp", axis=dim, tiled=True)
+    return _with_tensor_manual(gather, tensor)(shard.astype(dtype))
+
+
+def reduce_scatter(gradient: Array, dim: int, dtype: Any, tensor: P | None) -> Array:
+    """Returns this device's float32 shard, along `dim`, of the sum over `fsdp`, sent as `dtype`; see `all_gather`."""
+    scatter = functools.partial(jax.lax.psum_scatter, axis_name="fsdp", scatter_dimension=dim, tiled=True)
+    return _with_tensor_manual(scatter, tensor)(gradient.astype(dtype)).astype(jnp.float32)
+
+
+def all_reduce(gradient: Array, axes: str | tuple[str, ...], dtype: Any, tensor: P | None) -> Array:
+    """Returns the float32 sum over these axes, sent as `dtype`; see `all_gather`."""
+    add = functools.partial(jax.lax.psum, axis_name=axes)
+    return _with_tensor_manual(add, tensor)(gradient.astype(dtype)).astype(jnp.float32)
+
+
+def _with_tensor_manual(collective: Callable[[Array], Array], tensor: P | None) -> Callable[[Array], Array]:
+    """Returns the collective, each device of the `tensor` axis doing its own part of it.
+
+    Where that axis is left to the compiler it gathers the operand over `tensor` first, twice the
+    bytes on both axes (jax 0.10, whatever the sharding constraints around say).
+    """
+    if tensor is None:
+        return collective
+    return jax.shard_map(collective, in_specs=tensor, out_specs=tensor, axis_names={"tensor"}, check_vma=False)

@@ -6,6 +6,7 @@ come from `eval_shape`, placements from shapes, and one jitted function with out
 the arrays.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -59,12 +60,4 @@ def with_shardings(abstract: PyTree, shardings: PyTree) -> PyTree:
 
 def bytes_per_device(abstract: Any) -> int:
     """Returns the bytes that a tree of sharded abstract (or real) arrays takes on one device."""
-    total = 0
-    for leaf in jax.tree.leaves(abstract):
-        shape = leaf.sharding.shard_shape(leaf.shape)
-        dtype = jax.random.key_data(jax.random.key(0)).dtype if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf.dtype
-        items = 1
-        for n in shape:
-            items *= n
-        total += items * dtype.itemsize
-    return total
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(abstract))

@@ -22,7 +22,7 @@ from jaxspeed.config import BATCH_AXES, LossScaleConfig
 from jaxspeed.loss_scale import update_loss_scale
 from jaxspeed.nn import merge
 from jaxspeed.optim import update_count
-from jaxspeed.sharding import Placement, Weight, is_placement, is_weight, reduce_scatter
+from jaxspeed.sharding import Placement, Weight, all_gather, all_reduce, is_placement, is_weight, reduce_scatter
 from jaxspeed.types import Batch, LossFn, Params, PyTree, Sums
 
 
@@ -181,8 +181,7 @@ def _compute_copy(master: jax.Array, place: Placement, spec: StepSpec) -> jax.Ar
     """
     if place.zero_dim is None or "master" not in place.sharded or "compute" in place.sharded:
         return master
-    dim = place.zero_dim % master.ndim
-    return jax.lax.all_gather(master.astype(spec.settings.compute), "fsdp", axis=dim, tiled=True)
+    return all_gather(master, place.zero_dim % master.ndim, spec.settings.compute, _tensor(place, spec))
 
 
 def _slot(master: jax.Array, place: Placement, mesh: Mesh) -> jax.Array:
@@ -196,10 +195,16 @@ def _slot(master: jax.Array, place: Placement, mesh: Mesh) -> jax.Array:
 
 def _final_reduction(gradient: jax.Array, place: Placement, spec: StepSpec) -> jax.Array:
     """Sums an accumulated gradient over what it has not been summed over yet, and leaves the master's shard."""
+    tensor = _tensor(place, spec)
     if place.zero_dim is None or "master" not in place.sharded:
-        return jax.lax.psum(gradient.astype(spec.reduce_dtype), BATCH_AXES).astype(jnp.float32)
+        return all_reduce(gradient, BATCH_AXES, spec.reduce_dtype, tensor)
     if "gradient" not in place.sharded:
-        gradient = reduce_scatter(gradient, place.zero_dim % gradient.ndim, spec.reduce_dtype)
+        gradient = reduce_scatter(gradient, place.zero_dim % gradient.ndim, spec.reduce_dtype, tensor)
     if spec.mesh.shape["data"] > 1:
-        gradient = jax.lax.psum(gradient.astype(spec.reduce_dtype), "data").astype(jnp.float32)
+        gradient = all_reduce(gradient, "data", spec.reduce_dtype, tensor)
     return gradient
+
+
+def _tensor(place: Placement, spec: StepSpec) -> P | None:
+    """Returns a parameter's partition over `tensor`; None where that axis has size 1."""
+    return place.tensor_spec(len(place.shape)) if spec.mesh.shape["tensor"] > 1 else None

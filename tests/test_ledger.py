@@ -165,7 +165,7 @@ def test_trip_count_is_read_from_the_condition(
         body = lambda c: (c[0] + step, jax.lax.psum(c[1], "data"))
         return jax.lax.while_loop(holds, body, (start, x))[1]
 
-    text = on_devices(cube, f, (8, 3)).compile().as_text()
+    text = on_devices(cube, f, (8, 3)).compile().as_text() or ""
     text = re.sub(r',?"known_trip_count":\{[^}]*\}', "", text)
     assert [e.trips for e in read_ledger(text, AXES)] == [len(range(start, stop, step))]
 
@@ -227,6 +227,12 @@ def one(instruction: str, *, more: str = "") -> str:
         ("[4,2]<=[2,4]T(1,0)", ("data",)),
         ("[4,2]<=[2,2,2]T(0,2,1)", ("fsdp",)),
         ("[1,8]<=[8]", ("data", "fsdp", "tensor")),
+        ("mesh['axis_0'=8,'axis_1'=1] {'axis_0','axis_1'}", ("data", "fsdp", "tensor")),
+        ("mesh['x'=2,'y'=4] {'y'}", ("fsdp", "tensor")),
+        ("mesh['x'=4,'y'=2] {'x'}", ("data", "fsdp")),
+        ("mesh['x'=2,'y'=2,'z'=2] {'z','x'}", ("data", "tensor")),
+        ("mesh['x'=2,'y'=4], device_ids=([4,2]T(1,0)) {'x'}", ("tensor",)),
+        ("mesh['x'=2,'y'=4], device_ids=([4,2]T(1,0)) {'y'}", ("data", "fsdp")),
         ("{{0,3},{1,2},{4,7},{5,6}}", UNKNOWN_AXES),
         ("{{0,1,2},{3,4,5},{6,7}}", UNKNOWN_AXES),
         ("{{0,1},{2,3},{4,6},{5,7}}", UNKNOWN_AXES),
@@ -305,6 +311,10 @@ def test_operands_with_their_shapes_are_read() -> None:
             "no rule for.*all-shuffle",
         ),
         (one("f32[16,4] send(%p), channel_id=1"), "groups not understood"),
+        (
+            one("f32[16,4] all-reduce(%p), replica_groups=mesh['x'=8] {'x':(1)2}"),
+            "groups",
+        ),
         (one("f32[16,4] all-reduce(%p, replica_groups={}"), "unbalanced"),
         (one("f32[16,4] all-reduce(%p), replica_groups={}")[:-2], "no whole ENTRY"),
         (

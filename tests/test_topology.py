@@ -17,7 +17,15 @@ from jax.sharding import PartitionSpec as P
 from jaxspeed.config import ConfigError
 from jaxspeed.ledger import read_ledger, read_partitioned
 from jaxspeed.mesh import build_mesh
-from jaxspeed.topology import CHIPS, LARGE_VMEM, Chip, find_chip, get_topology
+from jaxspeed.topology import (
+    CHIPS,
+    LARGE_VMEM,
+    RING_REDUCE_SCATTER,
+    SPARSE_CORE_REDUCE_SCATTER,
+    Chip,
+    find_chip,
+    get_topology,
+)
 
 
 needs_libtpu = pytest.mark.skipif(
@@ -141,7 +149,9 @@ def check_absent_device(name: str, count: int) -> None:
     assert sum(e.elements * e.trips for e in reduced) == size
     # A TPU reduces over several dims of its torus at once, and each device takes its part.
     assert all(e.sliced for e in made.select("all-reduce"))
-    assert compiled.memory_analysis().peak_memory_in_bytes >= 256 * 4096 * 4
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    assert memory.peak_memory_in_bytes >= 256 * 4096 * 4
 
 
 @needs_libtpu
@@ -184,6 +194,19 @@ def test_host_holds_at_most_eight_gpus() -> None:
 
 
 @needs_libtpu
-def test_large_vmem_is_an_option_that_compiles() -> None:
-    lowered, _ = lowered_scatter("v5e:2x2")
-    lowered.compile(compiler_options=dict(LARGE_VMEM))
+@pytest.mark.parametrize(
+    ("name", "options", "overlapped"),
+    [
+        ("v5e:4x4", dict(RING_REDUCE_SCATTER), False),
+        ("v5p:2x2x2", {**RING_REDUCE_SCATTER, **LARGE_VMEM}, False),
+        ("v5p:2x2x2", dict(SPARSE_CORE_REDUCE_SCATTER), True),
+        ("v6e:4x4", dict(SPARSE_CORE_REDUCE_SCATTER), True),
+    ],
+)
+def test_option_makes_a_reduce_scatter_over_a_whole_slice(
+    name: str, options: dict[str, bool | str], overlapped: bool
+) -> None:
+    lowered, axes = lowered_scatter(name)
+    made = read_ledger(lowered.compile(compiler_options=options), axes)
+    assert not made.select("all-reduce")
+    assert {e.is_async for e in made.select("reduce-scatter")} == {overlapped}

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A decoder that compiles in a moment: what tests of the step and the engine train where the architecture does not matter."""
+
+import dataclasses
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxspeed import ops
+from jaxspeed.config import DTypeConfig, OptimConfig, RunConfig, ScheduleConfig, ZeroConfig
+from jaxspeed.nn import Layers, param
+from jaxspeed.program import Program, State, build_program
+from jaxspeed.sharding import shard
+from jaxspeed.types import LossFn, Sums
+
+
+T, V, D, G = 8, 16, 16, 16
+
+NORMAL = jax.nn.initializers.normal(0.3)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Sizes of the toy."""
+
+    vocab_size: int = V
+    max_seq_len: int = T
+    num_layers: int = 2
+    d_model: int = D
+    dropout: float = 0.0
+
+    def build(self, rngs: nnx.Rngs) -> "Toy":
+        """Returns a new model."""
+        return Toy(self, rngs)
+
+
+class Block(nnx.Module):
+    """A product, a running mean over earlier tokens, a bias."""
+
+    def __init__(self, cfg: Config, rngs: nnx.Rngs) -> None:
+        self.dropout = cfg.dropout
+        self.w = param(NORMAL, rngs, (cfg.d_model, cfg.d_model), ("embed", "mlp"))
+        self.b = param(jax.nn.initializers.zeros, rngs, (cfg.d_model,), ("embed",))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = shard(ops.linear(x, self.w[...], self.b[...]), "batch", "seq", "mlp")
+        past = jnp.cumsum(y, axis=1) / jnp.arange(1, x.shape[1] + 1, dtype=y.dtype)[None, :, None]
+        return x + ops.dropout(jnp.tanh(past), self.dropout, site=0)
+
+
+class Toy(nnx.Module):
+    """The decoder."""
+
+    def __init__(self, cfg: Config, rngs: nnx.Rngs) -> None:
+        self.embed = param(NORMAL, rngs, (cfg.vocab_size, cfg.d_model), ("vocab", "embed"))
+        self.layers = Layers(lambda rngs: Block(cfg, rngs), cfg.num_layers, rngs)
+
+    def hidden(self, inputs: Any, positions: Any = None, segment_ids: Any = None) -> jax.Array:
+        """Returns the last hidden states."""
+        del positions, segment_ids
+        return self.layers(ops.embed(self.embed[...], inputs))
+
+    def output_embedding(self) -> jax.Array:
+        """Returns the input embedding."""
+        return self.embed[...]
+
+
+def run_of(**changes: Any) -> RunConfig:
+    """Returns a run with `stage`, `compute`, `optim` or any field of RunConfig changed."""
+    stage, compute = changes.pop("stage", 0), changes.pop("compute", "float32")
+    run = RunConfig(
+        model=Config(),
+        steps=10,
+        seq_len=T,
+        global_batch_size=G,
+        zero=ZeroConfig(stage=stage, param_persistence_threshold=0),
+        dtype=DTypeConfig(compute=compute),
+        optim=OptimConfig(lr=1e-2, weight_decay=0.1),
+        schedule=ScheduleConfig(name="constant"),
+        compile_cache="",
+    )
+    return dataclasses.replace(run, **changes)
+
+
+@functools.cache
+def program_of(devices: int = 1, loss_fn: LossFn | None = None, **changes: Any) -> Program:
+    """Returns the run's program, the same one for the same arguments."""
+    more = {} if loss_fn is None else {"loss_fn": loss_fn}
+    return build_program(run_of(**changes), devices=jax.devices()[:devices], **more)
+
+
+@functools.cache
+def parameters() -> Any:
+    """Returns the initial parameters, made once on one device."""
+    return jax.device_get(program_of().init_state()["params"])
+
+
+def start(program: Program) -> State:
+    """Returns the state at step 0 from these parameters: draws no numbers, so it compiles in a moment."""
+
+    def fresh(params: Any) -> State:
+        return {**program.init(jax.random.key(0)), "params": params}
+
+    params = jax.tree.map(jax.device_put, parameters(), program.shardings["params"])
+    return jax.jit(fresh, out_shardings=program.shardings)(params)
+
+
+def batch_of(seed: int = 0, rows: int = G) -> dict[str, np.ndarray]:
+    """Returns rows of text that can be learnt, with ragged masks."""
+    rng = np.random.default_rng(seed)
+    inputs = (rng.integers(0, V, (rows, 1)) + 3 * np.arange(T)) % V
+    return {"inputs": inputs.astype(np.int32), "mask": rng.random((rows, T)) < rng.random((rows, 1))}
+
+
+def boom_loss(model: Toy, batch: Any) -> Sums:
+    """Returns the next-token loss, times `boom` (one number a row): infinity or NaN makes the step fail."""
+    from jaxspeed.losses import next_token_loss
+
+    sums = next_token_loss(model, {"inputs": batch["inputs"]})
+    return Sums(sums.total * jnp.max(batch["boom"]), sums.count)
+
+
+def host(tree: Any) -> Any:
+    """Returns the arrays of a tree as numpy arrays, PRNG keys as their data."""
+    plain = lambda x: jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+    return jax.device_get(jax.tree.map(plain, tree))
+
+
+def assert_same(ours: Any, theirs: Any) -> None:
+    """Asserts that two trees agree to the last bit."""
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    jax.tree.map(np.testing.assert_array_equal, host(ours), host(theirs))
