@@ -3,7 +3,7 @@
 
 Compiled, not run, for devices that need not be there:
 
-    python benchmarks/collectives.py --topology cpu:8 --topology v5p:2x2x2 --topology h100:8
+    python -m benchmarks.collectives --topology cpu:8 --topology v5p:2x2x2 --topology h100:8
 
 `asked` is what the step's program says, `made` what the backend's compiler made of it, both in
 Psi: elements per parameter of the model, summed over one step, loops multiplied out. `sliced`

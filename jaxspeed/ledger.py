@@ -665,7 +665,7 @@ def _only_slices(home: _Computation, name: str) -> bool:
 def _takes_slice(home: _Computation, reader: _Instruction, name: str) -> bool:
     if reader.opcode in _PASS_THROUGH:
         return _only_slices(home, reader.name)
-    if reader.opcode == "dynamic-slice":
+    if reader.opcode == "dynamic-slice" and reader.operands[0] == name:
         return any(_reads_partition(home, start) for start in reader.operands[1:])
     if reader.opcode != "fusion":
         return False
@@ -738,9 +738,10 @@ def _count_trips(home: _Computation, loop: _Instruction) -> int | None:
         go_on = _integer(condition, condition.root.name, (carry,))
         if not go_on:
             return trips if go_on is not None else None
-        # A slot first read below has not changed before, or it would be in the state.
-        last = body.root.operands
-        state |= {slot: _integer(body, last[slot], (carry,)) for slot in list(state)}
+        last, after = body.root.operands, {}
+        while new := state.keys() - after.keys():  # one slot may grow by another
+            after |= {slot: _integer(body, last[slot], (carry,)) for slot in new}
+        state |= after
     return None
 
 
@@ -758,12 +759,12 @@ def _outside(home: _Computation) -> Sequence[_Carry | int | None]:
         return ()
     outer, call = home.caller
     if call.opcode != "while":
-        return [_integer(outer, name, _outside(outer)) for name in call.operands]
+        around = _outside(outer)
+        return [_integer(outer, name, around) for name in call.operands]
 
     def constant(slot: int) -> int | None:
-        kept = (
-            home[home.root.operands[slot]] if home.root.opcode == "tuple" else home.root
-        )
+        end = home.root
+        kept = home[end.operands[slot]] if end.opcode == "tuple" else end
         if kept.opcode != "get-tuple-element" or int(kept.attribute("index")) != slot:
             return None
         return _initial(outer, call, slot)

@@ -170,6 +170,38 @@ def test_trip_count_is_read_from_the_condition(
     assert [e.trips for e in read_ledger(text, AXES)] == [len(range(start, stop, step))]
 
 
+def test_counter_that_grows_by_another_is_followed(cube: Mesh) -> None:
+    def f(x: jax.Array) -> jax.Array:
+        body = lambda c: (c[0] + c[1], c[1] + 2, jax.lax.psum(c[2], "data"))
+        return jax.lax.while_loop(lambda c: c[0] < 30, body, (0, 1, x))[2]
+
+    (entry,) = read_partitioned(on_devices(cube, f, (8, 3)), AXES)
+    assert entry.trips == 6  # 0, 1, 4, 9, 16, 25, 36
+
+
+def test_counter_that_starts_outside_an_outer_loop_is_followed(cube: Mesh) -> None:
+    """Inner loops may get their first count and their bound through the outer carry."""
+
+    def f(x: jax.Array) -> jax.Array:
+        def inner(c: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            return c[0] + 1, c[1], jax.lax.psum(c[2], "data")
+
+        def outer(c: tuple[jax.Array, ...], _: None):
+            first, last, x = c
+            x = jax.lax.while_loop(lambda c: c[0] < c[1], inner, (first, last, x))[2]
+            return (first, last, x), None
+
+        start = (jnp.int32(2), jnp.int32(7), x)
+        return jax.lax.scan(outer, start, None, length=3)[0][2]
+
+    lowered = on_devices(cube, f, (8, 3))
+    for ledger in (
+        read_ledger(lowered.compile(), AXES),
+        read_partitioned(lowered, AXES),
+    ):
+        assert ledger.elements("all-reduce") == 3 * 5 * 24
+
+
 def test_collectives_of_the_partitioner_are_in_the_compiled_program_only(
     cube: Mesh,
 ) -> None:

@@ -9,22 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxspeed.config import LossScaleConfig, MeshConfig, OptimConfig, ScheduleConfig
+from jaxspeed.config import MeshConfig, OptimConfig, ScheduleConfig
 from jaxspeed.loss_scale import init_loss_scale, update_loss_scale
 from jaxspeed.losses import next_token_loss
 from jaxspeed.nn import merge
 from jaxspeed.program import Program
 from jaxspeed.schedules import make_schedule
 from jaxspeed.step import make_grad_fn, make_train_step
-from tests.toy import G, T, assert_same, batch_of, boom_loss, host, program_of, start
+from tests.toy import G, T, assert_same, batch_of, boom, boom_loss, float16_program, host, program_of, start
 
 
 PLAIN = OptimConfig(name="sgd", lr=0.5, momentum=0.0, clip_norm=0.0)
 """An update that is minus half the gradient."""
-
-
-def boom(value: float) -> dict[str, np.ndarray]:
-    return {"inputs": batch_of()["inputs"], "boom": np.full((G,), value, np.float32)}
 
 
 def step(program: Program, batch: Any, state: Any = None) -> tuple[Any, dict[str, Any]]:
@@ -109,13 +105,8 @@ def test_update_that_is_not_finite_is_skipped_to_the_last_bit(value: float) -> N
     assert np.any(host(state["params"])["embed"] != before["params"]["embed"])
 
 
-def float16() -> Program:
-    cfg = LossScaleConfig(initial_power=4, window=2, hysteresis=2, minimum=2.0)
-    return program_of(loss_fn=boom_loss, compute="float16", loss_scale=cfg)
-
-
 def test_float16_scale_follows_the_state_machine() -> None:
-    program = float16()
+    program = float16_program()
     cfg = program.run.loss_scale
     state, expected = start(program), init_loss_scale(cfg)
     scales, exhausted = [], []
@@ -136,7 +127,7 @@ def test_float16_scale_follows_the_state_machine() -> None:
 
 
 def test_float16_loss_and_norms_do_not_depend_on_the_scale() -> None:
-    program, results = float16(), []
+    program, results = float16_program(), []
     for scale in (1.0, 4096.0):
         state = start(program)
         state["loss_scale"] = state["loss_scale"]._replace(scale=jnp.float32(scale))
@@ -180,7 +171,7 @@ def test_batch_without_a_token_that_counts_changes_nothing_but_the_counts() -> N
 
 @pytest.mark.parametrize("compute", ["float32", "float16"])
 def test_metrics_are_device_scalars_with_the_documented_names(compute: str) -> None:
-    program, batch = (program_of(accumulate=4, optim=PLAIN), batch_of()) if compute == "float32" else (float16(), boom(1.0))
+    program, batch = (program_of(accumulate=4, optim=PLAIN), batch_of()) if compute == "float32" else (float16_program(), boom(1.0))
     _, metrics = program.train_step(start(program), program.put_batch(batch))
     names = {"loss", "micro_losses", "grad_norm", "grad_norm_clipped", "lr", "skipped", "tokens"}
     names |= {"loss_scale", "scale_exhausted"} if compute == "float16" else set()
@@ -229,6 +220,7 @@ def test_dropout_changes_with_the_step_and_is_off_in_evaluation() -> None:
     assert float(sums.total / sums.count) == pytest.approx(float(exact(batch)[0]), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_micro_steps_and_devices_draw_masks_of_their_own() -> None:
     """All rows are the same: micro-steps and devices with one mask would have one loss."""
     rows = np.repeat(batch_of()["inputs"][:1], G, axis=0)

@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from jaxspeed import ops
-from jaxspeed.config import DTypeConfig, OptimConfig, RunConfig, ScheduleConfig, ZeroConfig
+from jaxspeed.config import DTypeConfig, LossScaleConfig, OptimConfig, RunConfig, ScheduleConfig, ZeroConfig
 from jaxspeed.nn import Layers, param
 from jaxspeed.program import Program, State, build_program
 from jaxspeed.sharding import shard
@@ -123,6 +123,17 @@ def boom_loss(model: Toy, batch: Any) -> Sums:
 
     sums = next_token_loss(model, {"inputs": batch["inputs"]})
     return Sums(sums.total * jnp.max(batch["boom"]), sums.count)
+
+
+def float16_program() -> Program:
+    """Returns a program whose loss scale starts at 16, moves fast, and whose steps can be made to fail."""
+    cfg = LossScaleConfig(initial_power=4, window=2, hysteresis=2, minimum=2.0)
+    return program_of(loss_fn=boom_loss, compute="float16", loss_scale=cfg)
+
+
+def boom(value: float, rows: int = G) -> dict[str, np.ndarray]:
+    """Returns a batch for `boom_loss`."""
+    return {"inputs": batch_of(rows=rows)["inputs"], "boom": np.full((rows,), value, np.float32)}
 
 
 def host(tree: Any) -> Any:
