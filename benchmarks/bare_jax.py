@@ -30,11 +30,11 @@ if sys.platform == "linux":  # keep freed memory; must happen before jax starts 
     for _option, _value in ((-8, 1), (-4, 0), (-1, -1)):  # one arena, no mmap, no trim
         ctypes.CDLL(None).mallopt(_option, _value)
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-import optax  # noqa: E402
-from jax import lax  # noqa: E402
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
 
 
 LAYERS, HEADS, D, T, B = 6, 6, 384, 256, 8
@@ -129,7 +129,9 @@ def _dot(a, b, contract_b=0):
     """Returns a @ b (or a @ b.T) in fp32; `a` is contracted over its last dimension."""
     batch = tuple(range(a.ndim - 2))
     dims = ((a.ndim - 1,), (a.ndim - 2 + contract_b,))
-    return lax.dot_general(a, b, (dims, (batch, batch)), preferred_element_type=jnp.float32)
+    return lax.dot_general(
+        a, b, (dims, (batch, batch)), preferred_element_type=jnp.float32
+    )
 
 
 def _transpose(x):
@@ -237,7 +239,9 @@ def _attention_fwd(q, k, v, dtype):
         v_t = _heads_t(v)
         v_ones = jnp.concatenate([v_t, jnp.ones((HEADS, 1, T), dtype)], 1)
         outs, lses = [], []
-        for start in range(0, T, KEY_BLOCK):  # blocks of queries; keys after them unseen
+        for start in range(
+            0, T, KEY_BLOCK
+        ):  # blocks of queries; keys after them unseen
             stop = start + KEY_BLOCK
             s = _mask(_dot(k[:, :stop], q[:, start:stop], 1), start)
             top = s.max(1)
@@ -263,7 +267,9 @@ def _attention_bwd(dtype, residuals, g):
         q, k, v = _unpack(q), _unpack(k), _unpack(v)
         k_t, g, delta = _transpose(k), _heads(g.astype(dtype)), delta.T[:, None]
         dks, dvs, dq = [], [], None
-        for start in range(0, T, KEY_BLOCK):  # blocks of keys; queries before them unseen
+        for start in range(
+            0, T, KEY_BLOCK
+        ):  # blocks of keys; queries before them unseen
             block = slice(start, start + KEY_BLOCK)
             s = _mask(_dot(k[:, block], q[:, start:], 1), 0)
             p = BARRIER(jnp.exp(s - lse[:, None, start:]).astype(dtype))
@@ -344,8 +350,17 @@ def _load(path):
     )
     pair = lambda name: (get(f"{name}.weight"), get(f"{name}.bias"))
     w, b = pair("attn.c_attn")
-    layers = {c: (w[..., i * D : (i + 1) * D], b[..., i * D : (i + 1) * D]) for i, c in enumerate("qkv")}
-    names = {"ln_1": "ln_1", "ln_2": "ln_2", "proj": "attn.c_proj", "fc": "mlp.c_fc", "out": "mlp.c_proj"}
+    layers = {
+        c: (w[..., i * D : (i + 1) * D], b[..., i * D : (i + 1) * D])
+        for i, c in enumerate("qkv")
+    }
+    names = {
+        "ln_1": "ln_1",
+        "ln_2": "ln_2",
+        "proj": "attn.c_proj",
+        "fc": "mlp.c_fc",
+        "out": "mlp.c_proj",
+    }
     layers |= {ours: pair(theirs) for ours, theirs in names.items()}
     top = lambda name: jnp.asarray(z[f"transformer.{name}"])
     params = {
@@ -365,7 +380,12 @@ def _random(vocab):
     layers = {"ln_1": norm(LAYERS), "ln_2": norm(LAYERS), "proj": linear(D, D)}
     layers |= {c: linear(D, D) for c in "qkv"}
     layers |= {"fc": linear(D, 4 * D), "out": linear(4 * D, D)}
-    params = {"wte": normal(vocab, D), "wpe": normal(T, D), "ln_f": norm(), "layers": layers}
+    params = {
+        "wte": normal(vocab, D),
+        "wpe": normal(T, D),
+        "ln_f": norm(),
+        "layers": layers,
+    }
     return params, jax.random.randint(next(keys), (B, T), 0, vocab)
 
 
@@ -376,7 +396,9 @@ def _arguments():
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--npz", help="weights and token ids to start from")
-    parser.add_argument("--json", action="store_true", help="the default, and the only form")
+    parser.add_argument(
+        "--json", action="store_true", help="the default, and the only form"
+    )
     return parser.parse_args()
 
 

@@ -33,7 +33,9 @@ def main() -> None:
     model, ids = _model(args.vocab)
     if args.dump:
         _dump(args.dump, model, ids)
-    step = _deepspeed_step(args, model, ids) if args.deepspeed else _step(args, model, ids)
+    step = (
+        _deepspeed_step(args, model, ids) if args.deepspeed else _step(args, model, ids)
+    )
     losses, cpu, wall = [], [], []
     for _ in range(args.warmup + args.steps):
         c, w = time.process_time(), time.perf_counter()
@@ -95,7 +97,9 @@ def _dump(path, model, ids):
 def _step(args, model, ids):
     import torch
 
-    opt = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.01, fused=args.fused)
+    opt = torch.optim.AdamW(
+        model.parameters(), lr=1e-4, weight_decay=0.01, fused=args.fused
+    )
 
     def step():
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=args.bf16):

@@ -27,7 +27,9 @@ def main() -> None:
         for name, command in commands.items():
             result = run(command, args.core)
             if args.key not in result:
-                sys.exit(f"{name}: no {args.key!r} in the line it printed: {sorted(result)}")
+                sys.exit(
+                    f"{name}: no {args.key!r} in the line it printed: {sorted(result)}"
+                )
             figures[name].append(result[args.key])
             _log(args.log, {"round": turn, "run": name, **result})
             sys.stderr.write(f"round {turn} {name}: {args.key} {result[args.key]}\n")
@@ -49,7 +51,9 @@ def run(command: str, core: int | None) -> dict:
     )
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not lines:
-        sys.exit(f"{command}\nexit code {done.returncode}\n{done.stderr.strip()[-2000:]}")
+        sys.exit(
+            f"{command}\nexit code {done.returncode}\n{done.stderr.strip()[-2000:]}"
+        )
     return json.loads(lines[-1])
 
 
@@ -62,7 +66,9 @@ def summary(figures: dict[str, list[float]]) -> list[dict]:
             "median": statistics.median(values),
             "min": min(values),
             "max": max(values),
-            "ratio": statistics.median(v / f for v, f in zip(values, first, strict=True)),
+            "ratio": statistics.median(
+                v / f for v, f in zip(values, first, strict=True)
+            ),
             "rounds": len(values),
         }
         for name, values in figures.items()
@@ -74,7 +80,9 @@ def table(rows: list[dict], key: str) -> str:
     lines = [f"| run | {key}, median | min - max | ratio |", "|---|---|---|---|"]
     for r in rows:
         spread = f"{r['min']:.1f} - {r['max']:.1f}"
-        lines.append(f"| {r['name']} | {r['median']:.1f} | {spread} | {r['ratio']:.3f} |")
+        lines.append(
+            f"| {r['name']} | {r['median']:.1f} | {spread} | {r['ratio']:.3f} |"
+        )
     return "\n".join(lines)
 
 

@@ -537,7 +537,7 @@ def _reject_unread(config: Any, where: str, read: set[str] | frozenset[str]) -> 
     """Raises if a field that `config.name` does not read differs from its default."""
     for f in dataclasses.fields(config):
         if f.name not in read and getattr(config, f.name) != f.default:
-            users = [n for n, fs in (OPTIMIZER_FIELDS | SCHEDULE_FIELDS).items() if f.name in fs]
+            users = [n for n, fs in {**OPTIMIZER_FIELDS, **SCHEDULE_FIELDS}.items() if f.name in fs]
             raise ConfigError(
                 f"{where}.{f.name}={getattr(config, f.name)!r} has no effect with {where}.name={config.name!r} "
                 f"(it is read by {', '.join(users)}); remove it or change {where}.name"

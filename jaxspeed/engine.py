@@ -77,7 +77,7 @@ def initialize(
     state = program.init_state()
     if values is not None:
         # Copies, since the first step takes over (donates) the state.
-        move = lambda x, sharding: jax.device_put(np.asarray(x, np.float32), sharding, may_alias=False)  # noqa: E731
+        move = lambda x, sharding: jax.device_put(np.asarray(x, np.float32), sharding, may_alias=False)
         state["params"] = jax.tree.map(move, values, program.shardings["params"])
     return Engine(program, state, answers)
 
@@ -316,10 +316,11 @@ def _maker(model: Any) -> tuple[Callable[[Any], Any] | None, Params | None]:
         if not inspect.isclass(model):
             return None, None
     elif callable(model):
+        make: Callable[..., Any] = model
         function = model.__init__ if inspect.isclass(model) else model
         if "rngs" in inspect.signature(function).parameters:
-            return lambda rngs: model(rngs=rngs), None
-        return model, None
+            return lambda rngs: make(rngs=rngs), None
+        return make, None
     raise ConfigError(
         f"model={type(model).__name__}: not a model; give a family's Config (models.gpt2.Config(...)), an nnx.Module, or a function of nnx.Rngs"
     )

@@ -16,11 +16,10 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int, Key
 
 from jaxspeed.ambient import ambient
-from jaxspeed.config import BATCH_AXES
 from jaxspeed.nn import merge
 from jaxspeed.program import Program
 from jaxspeed.sharding import is_placement
-from jaxspeed.step import compute_weights
+from jaxspeed.step import compute_weights, manual_axes
 from jaxspeed.types import Params
 
 
@@ -77,6 +76,6 @@ def _make_sampler(program: Program, window: int, num_tokens: int, draws: bool) -
     masters = jax.tree.map(lambda place: place.spec("master", manual_only=True), spec.placements, is_leaf=is_placement)
     return jax.jit(
         jax.shard_map(
-            local, mesh=spec.mesh, in_specs=(masters, P(), P(), P(), P()), out_specs=P(), axis_names=set(BATCH_AXES), check_vma=False
+            local, mesh=spec.mesh, in_specs=(masters, P(), P(), P(), P()), out_specs=P(), axis_names=manual_axes(spec.mesh), check_vma=False
         )
     )

@@ -73,9 +73,15 @@ def fit(run: RunConfig, *, name: str, answers: Sequence[Answer] = ()) -> Result:
 
     Raises:
         ConfigError: something in the configuration, the data or the run directory cannot be.
-        TrainingError: the loss is not finite, or the loss scale is exhausted.
+        TrainingError: the loss is not finite, the loss scale is exhausted, a device is out of
+            memory, or another process of the job is gone.
     """
-    return _Run(run, name, answers).fit()
+    try:
+        return _Run(run, name, answers).fit()
+    except jax.errors.JaxRuntimeError as error:
+        if words := _device_trouble(" ".join(str(error).split())[:300]):
+            raise TrainingError(words) from error
+        raise
 
 
 class _Run:
@@ -335,6 +341,16 @@ def _collectives(ledger: Ledger) -> str:
         f"{kind} {format_bytes(group.total())} over {'+'.join(axes)}" for (kind, axes), group in ledger.by_kind_and_axis().items() if axes and group.total() > 1024
     ]
     return "collectives per device and step: " + (", ".join(parts) or "none")
+
+
+def _device_trouble(said: str) -> str:
+    """Returns what a failure of the runtime means to the user, or "" if nobody knows."""
+    if "RESOURCE_EXHAUSTED" in said:
+        change = "lower micro_batch_size (accumulate makes up for it), or set remat full, a higher zero.stage or more devices"
+        return f"out of memory on a device ({said}); {change}"
+    if jax.process_count() > 1:
+        return f"another process of the job is gone, or the link to it ({said}); start all of them again: the run goes on from its newest checkpoint"
+    return ""
 
 
 class _Clock:

@@ -120,7 +120,7 @@ def rngs(key: jax.Array) -> nnx.Rngs:
 
 def _refuse_untrainable(model: nnx.Module, graphdef: Any, state: Any, rest: Any) -> None:
     """Raises if the model holds arrays that are not real-valued parameters, or no parameter."""
-    dotted = lambda path: "model." + ".".join(map(str, path))  # noqa: E731
+    dotted = lambda path: "model." + ".".join(map(str, path))
     others = [(path, v) for path, v in nnx.to_flat_state(rest) if not isinstance(v, nnx.RngState)]
     arrays = [path for path, v in others if not isinstance(v, nnx.Variable)]
     # While tracing, flax 0.12 takes a plain array for a static attribute.

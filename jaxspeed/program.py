@@ -21,13 +21,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 from jaxspeed import nn
 from jaxspeed.ambient import Ambient
-from jaxspeed.config import BATCH_AXES, BatchShape, ConfigError, LossScaleConfig, RunConfig
+from jaxspeed.config import BATCH_AXES, BatchShape, ConfigError, LossScaleConfig, RunConfig, config_error
 from jaxspeed.losses import next_token_loss
 from jaxspeed.mesh import build_mesh
 from jaxspeed.optim import make_optimizer
 from jaxspeed.schedules import make_schedule
 from jaxspeed.sharding import is_placement, place_all
 from jaxspeed.state import make_init, state_shardings, with_shardings
+from jaxspeed.topology import find_chip
 from jaxspeed.step import StepSpec, make_eval_fn, make_train_step
 from jaxspeed.types import LossFn, Params, PyTree, Sums
 
@@ -70,7 +71,9 @@ class Program:
             self.spec, self.tx, self.schedule, clip_norm=self.run.optim.clip_norm, loss_scale=_loss_scale(self.run)
         )
         whole = NamedSharding(self.mesh, P())
-        return jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, whole))
+        chip = find_chip(self.mesh.devices.flat[0].device_kind)
+        options = dict(chip.compiler_options) if chip else {}
+        return jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, whole), compiler_options=options)
 
     @functools.cached_property
     def eval_step(self) -> Callable[[Params, Mapping[str, jax.Array]], Sums]:
@@ -186,6 +189,8 @@ def build_program(
     placements = place_all(params, dims, sizes, run.zero)
     platform = mesh.devices.flat[0].platform
     compute = jnp.dtype(run.dtype.compute)
+    if platform == "cpu" and compute == jnp.bfloat16 and run.dtype.reduce == "compute" and batch.shards > 1:
+        raise config_error("dtype.reduce", "compute", "XLA dies of a bfloat16 reduction on CPU (jaxlib 0.10)", "give float32")
     wide = run.dtype.activations == "float32" or (run.dtype.activations == "auto" and platform == "cpu")
     spec = StepSpec(
         graphdef=graphdef,

@@ -87,9 +87,17 @@ def make_grad_fn(spec: StepSpec) -> GradFn:
         mesh=spec.mesh,
         in_specs=(masters, P(None, BATCH_AXES), P(), P()),
         out_specs=(masters, P()),
-        axis_names=set(BATCH_AXES),
+        axis_names=manual_axes(spec.mesh),
         check_vma=False,
     )
+
+
+def manual_axes(mesh: Mesh) -> set[str]:
+    """Returns the axes that a `shard_map` around the model has in hand: those of ZeRO, and `tensor` where it is idle.
+
+    An axis left to the compiler, even of size 1, bars attention kernels, which it cannot partition.
+    """
+    return set(BATCH_AXES) | ({"tensor"} if mesh.shape["tensor"] == 1 else set())
 
 
 def make_eval_fn(spec: StepSpec) -> Callable[[Params, Batch], Sums]:
@@ -101,7 +109,7 @@ def make_eval_fn(spec: StepSpec) -> Callable[[Params, Batch], Sums]:
 
     masters = jax.tree.map(lambda place: place.spec("master", manual_only=True), spec.placements, is_leaf=is_placement)
     return jax.shard_map(
-        local, mesh=spec.mesh, in_specs=(masters, P(BATCH_AXES)), out_specs=P(), axis_names=set(BATCH_AXES), check_vma=False
+        local, mesh=spec.mesh, in_specs=(masters, P(BATCH_AXES)), out_specs=P(), axis_names=manual_axes(spec.mesh), check_vma=False
     )
 
 

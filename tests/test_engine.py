@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The DeepSpeed-shaped API: three calls are the fused step to the last bit; any NNX model trains; bad input is one line."""
+"""DeepSpeed's three calls are the fused step to the last bit; any NNX model trains."""
 
 import dataclasses
 import functools
@@ -19,7 +19,18 @@ from jaxspeed.config import ConfigError, MeshConfig, RunConfig
 from jaxspeed.engine import Engine, MicroLoss
 from jaxspeed.types import Sums
 from tests import toy
-from tests.toy import G, T, assert_same, batch_of, boom, boom_loss, float16_program, host, program_of, run_of
+from tests.toy import (
+    G,
+    T,
+    assert_same,
+    batch_of,
+    boom,
+    boom_loss,
+    float16_program,
+    host,
+    program_of,
+    run_of,
+)
 
 
 ONE = jax.devices()[:1]
@@ -37,7 +48,9 @@ def parts(batch: dict[str, np.ndarray], count: int) -> list[dict[str, np.ndarray
     return [{name: x[i] for name, x in pieces.items()} for i in range(count)]
 
 
-def three_calls(engine: Engine, batch: dict[str, np.ndarray], accumulate: int) -> list[MicroLoss]:
+def three_calls(
+    engine: Engine, batch: dict[str, np.ndarray], accumulate: int
+) -> list[MicroLoss]:
     losses = []
     for micro in parts(batch, accumulate):
         losses.append(engine(micro))
@@ -55,12 +68,16 @@ SETTINGS = [
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
-def test_three_calls_equal_train_batch_to_the_last_bit(settings: dict[str, Any]) -> None:
+def test_three_calls_equal_train_batch_to_the_last_bit(
+    settings: dict[str, Any],
+) -> None:
     fused, called = engine_of(**settings), engine_of(**settings)
     for seed in range(3):
         metrics = fused.train_batch(batch_of(seed))
         losses = three_calls(called, batch_of(seed), settings["accumulate"])
-        np.testing.assert_array_equal([float(loss) for loss in losses], metrics["train/micro_losses"])
+        np.testing.assert_array_equal(
+            [float(loss) for loss in losses], metrics["train/micro_losses"]
+        )
     assert_same(fused.state, called.state)
     assert called.global_steps == 3
 
@@ -76,9 +93,15 @@ def test_loss_before_the_step_is_the_loss_of_the_step() -> None:
     assert len(set(before)) == 4
 
 
-def test_loss_that_is_not_read_costs_no_forward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loss_that_is_not_read_costs_no_forward_pass(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     engine = engine_of(accumulate=4)
-    monkeypatch.setattr(type(engine.program), "eval_step", property(lambda _: pytest.fail("a forward pass")))
+    monkeypatch.setattr(
+        type(engine.program),
+        "eval_step",
+        property(lambda _: pytest.fail("a forward pass")),
+    )
     losses = three_calls(engine, batch_of(), 4)
     assert all(np.isfinite(loss.item()) for loss in losses)
 
@@ -106,11 +129,18 @@ def test_step_does_nothing_until_the_accumulation_is_complete() -> None:
 
 def test_calls_out_of_order_are_refused() -> None:
     engine, micros = engine_of(accumulate=4), parts(batch_of(), 4)
-    with pytest.raises(ConfigError, match=r"step: no micro-batch is waiting; call loss = engine\(batch\)"):
+    with pytest.raises(
+        ConfigError,
+        match=r"step: no micro-batch is waiting; call loss = engine\(batch\)",
+    ):
         engine.step()
-    with pytest.raises(ConfigError, match=r"backward\(float\): takes what engine\(batch\) returned"):
+    with pytest.raises(
+        ConfigError, match=r"backward\(float\): takes what engine\(batch\) returned"
+    ):
         engine.backward(2.5)  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ConfigError, match=r"backward\(MicroLoss\): takes what engine\(batch\) returned"):
+    with pytest.raises(
+        ConfigError, match=r"backward\(MicroLoss\): takes what engine\(batch\) returned"
+    ):
         engine.backward(engine_of(accumulate=4)(micros[0]))
     losses = [engine(micro) for micro in micros]
     engine.backward(losses[0])
@@ -118,7 +148,10 @@ def test_calls_out_of_order_are_refused() -> None:
         engine.backward(losses[0])
     for loss in losses[1:]:
         engine.backward(loss)
-    with pytest.raises(ConfigError, match=r"backward: 4 micro-batches are waiting already \(accumulate\); call engine.step"):
+    with pytest.raises(
+        ConfigError,
+        match=r"backward: 4 micro-batches are waiting already \(accumulate\); call engine.step",
+    ):
         engine.backward(engine(micros[0]))
     engine.step()
     assert engine.global_steps == 1
@@ -127,7 +160,10 @@ def test_calls_out_of_order_are_refused() -> None:
 def test_micro_batches_of_one_update_have_the_same_arrays() -> None:
     engine, micros = engine_of(accumulate=4), parts(batch_of(), 4)
     engine.backward(engine(micros[0]))
-    for other in ({"inputs": micros[1]["inputs"]}, {n: x[:, :4] for n, x in micros[1].items()}):
+    for other in (
+        {"inputs": micros[1]["inputs"]},
+        {n: x[:, :4] for n, x in micros[1].items()},
+    ):
         with pytest.raises(ConfigError, match="cannot join one of"):
             engine.backward(engine(other))
 
@@ -135,21 +171,30 @@ def test_micro_batches_of_one_update_have_the_same_arrays() -> None:
 BAD_BATCHES: list[tuple[Any, str]] = [
     ({}, "batch is empty"),
     ({"inputs": np.zeros((G - 1, T), np.int32)}, "its first dim must be 16"),
-    ({"inputs": np.zeros((G, T), np.int32), "mask": np.ones((T,), bool)}, r"batch\['mask'\] has shape \(8,\)"),
+    (
+        {"inputs": np.zeros((G, T), np.int32), "mask": np.ones((T,), bool)},
+        r"batch\['mask'\] has shape \(8,\)",
+    ),
     ({"inputs": np.array([["a"] * T] * G)}, "holds <U1"),
 ]
 
 
 @pytest.mark.parametrize(("batch", "message"), BAD_BATCHES)
-@pytest.mark.parametrize("method", ["train_batch", "eval_batch", "__call__", "first_nonfinite"])
-def test_batch_that_does_not_fit_is_refused_and_the_state_stays(method: str, batch: Any, message: str) -> None:
+@pytest.mark.parametrize(
+    "method", ["train_batch", "eval_batch", "__call__", "first_nonfinite"]
+)
+def test_batch_that_does_not_fit_is_refused_and_the_state_stays(
+    method: str, batch: Any, message: str
+) -> None:
     engine = engine_of()
     with pytest.raises(ConfigError, match=message):
         getattr(engine, method)(batch)
     assert np.isfinite(engine.train_batch(batch_of())["train/loss"])
 
 
-@pytest.mark.parametrize("make", [jnp.asarray, lambda x: x.astype(np.int64)], ids=["jax", "int64"])
+@pytest.mark.parametrize(
+    "make", [jnp.asarray, lambda x: x.astype(np.int64)], ids=["jax", "int64"]
+)
 def test_batch_may_be_of_any_array_kind(make: Callable[[Any], Any]) -> None:
     ours, theirs = engine_of(), engine_of()
     batch = {"inputs": batch_of()["inputs"]}
@@ -163,13 +208,17 @@ def test_evaluation_changes_nothing_and_equals_the_training_loss() -> None:
     start = host(engine.state)
     loss = engine.eval_batch(batch_of())
     assert_same(engine.state, start)
-    assert loss == pytest.approx(float(engine.train_batch(batch_of())["train/loss"]), rel=1e-6)
+    assert loss == pytest.approx(
+        float(engine.train_batch(batch_of())["train/loss"]), rel=1e-6
+    )
 
 
 def test_figures_of_the_last_update() -> None:
     engine = engine_of()
     for ask in (engine.get_lr, engine.get_global_grad_norm, engine.was_step_applied):
-        with pytest.raises(ConfigError, match="no update has been made yet; call train_batch"):
+        with pytest.raises(
+            ConfigError, match="no update has been made yet; call train_batch"
+        ):
             ask()
     metrics = engine.train_batch(batch_of())
     assert engine.get_lr() == float(metrics["train/lr"]) == pytest.approx(1e-2)
@@ -209,7 +258,7 @@ class Planted(nnx.Module):
         self.a, self.b, self.c = (nnx.Param(jnp.ones((4,))) for _ in range(3))
 
 
-def planted_loss(model: Planted, batch: Any) -> tuple[jax.Array, jax.Array]:
+def planted_loss(model: Planted, batch: Any) -> Any:
     x = batch["x"]
     y = model.a[...][None] * x + jnp.sqrt(x * model.b[...][None]) + model.c[...][None]
     return jnp.sum(y), jnp.float32(x.shape[0])
@@ -218,8 +267,13 @@ def planted_loss(model: Planted, batch: Any) -> tuple[jax.Array, jax.Array]:
 @pytest.mark.parametrize("stage", [0, 3])
 def test_first_leaf_that_is_not_finite_is_named(stage: int) -> None:
     devices = jax.devices()[: 1 if stage == 0 else 4]
-    ds = {"train_batch_size": 4, "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0}}
-    engine = jaxspeed.initialize(model=Planted, config=ds, loss_fn=planted_loss, devices=devices)
+    ds = {
+        "train_batch_size": 4,
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+    }
+    engine = jaxspeed.initialize(
+        model=Planted, config=ds, loss_fn=planted_loss, devices=devices
+    )
     assert engine.first_nonfinite({"x": np.ones((4, 4), np.float32)}) is None
     bad = {"x": np.ones((4, 4), np.float32) * [[1], [1], [0], [1]]}
     assert engine.first_nonfinite(bad) == "b"
@@ -229,18 +283,25 @@ def test_first_leaf_that_is_not_finite_is_named(stage: int) -> None:
     assert_same(engine.params, before)
 
 
-def test_training_goes_on_after_a_checkpoint_on_another_mesh_and_stage(tmp_path: Path) -> None:
+def test_training_goes_on_after_a_checkpoint_on_another_mesh_and_stage(
+    tmp_path: Path,
+) -> None:
     big = engine_of(8, accumulate=2, stage=3)
     for seed in range(2):
         big.train_batch(batch_of(seed))
-    assert big.save_checkpoint(tmp_path, client_state={"epoch": 3, "note": ["x", None]}) == 2
+    assert (
+        big.save_checkpoint(tmp_path, client_state={"epoch": 3, "note": ["x", None]})
+        == 2
+    )
     small = engine_of(accumulate=4)
     small.backward(small(parts(batch_of(), 4)[0]))
     assert small.load_checkpoint(tmp_path) == (2, {"epoch": 3, "note": ["x", None]})
     assert_same(small.state, host(big.state))
     assert not small.is_gradient_accumulation_boundary()
     for seed in (2, 3):
-        losses = [float(e.train_batch(batch_of(seed))["train/loss"]) for e in (big, small)]
+        losses = [
+            float(e.train_batch(batch_of(seed))["train/loss"]) for e in (big, small)
+        ]
         assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
@@ -268,7 +329,11 @@ def test_older_checkpoints_stay_and_a_missing_one_is_an_error(tmp_path: Path) ->
 # initialize
 
 
-DS = {"train_batch_size": G, "gradient_clipping": 1.0, "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "weight_decay": 0.1}}}
+DS = {
+    "train_batch_size": G,
+    "gradient_clipping": 1.0,
+    "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "weight_decay": 0.1}},
+}
 
 initialize = functools.partial(jaxspeed.initialize, devices=ONE)
 
@@ -287,11 +352,15 @@ def test_every_kind_of_model_is_the_same_model() -> None:
 def test_every_kind_of_config_is_read(tmp_path: Path) -> None:
     path = tmp_path / "ds_config.json"
     path.write_text(json.dumps(DS))
-    by_dict, by_path = (initialize(model=toy.Config(), config=config) for config in (DS, str(path)))
+    by_dict, by_path = (
+        initialize(model=toy.Config(), config=config) for config in (DS, str(path))
+    )
     assert by_dict.program.run == by_path.program.run
     assert by_dict.program.run.optim.lr == 1e-2
     assert by_dict.program.batch.global_size == G
-    assert {a.key: a.to for a in by_dict.config_answers}["train_batch_size"] == f"global_batch_size = {G}"
+    assert {a.key: a.to for a in by_dict.config_answers}[
+        "train_batch_size"
+    ] == f"global_batch_size = {G}"
     run = initialize(model=toy.Config(), config=run_of())
     assert run.program.run == run_of()
     assert run.config_answers == []
@@ -307,10 +376,14 @@ def test_model_takes_the_place_of_the_models_of_the_config() -> None:
 
 
 @pytest.mark.parametrize(("devices", "stage"), [(1, 0), (8, 0), (8, 3)])
-def test_module_keeps_its_parameters_and_they_stay_its_own(devices: int, stage: int) -> None:
+def test_module_keeps_its_parameters_and_they_stay_its_own(
+    devices: int, stage: int
+) -> None:
     model = toy.Config().build(nnx.Rngs(7))
     mine = host(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
-    engine = jaxspeed.initialize(model=model, config=run_of(stage=stage), devices=jax.devices()[:devices])
+    engine = jaxspeed.initialize(
+        model=model, config=run_of(stage=stage), devices=jax.devices()[:devices]
+    )
     assert_same(engine.params, mine)
     # The logical dims came with it.
     by_config = program_of(devices, stage=stage)
@@ -321,7 +394,9 @@ def test_module_keeps_its_parameters_and_they_stay_its_own(devices: int, stage: 
 
 
 def test_seed_belongs_to_a_json() -> None:
-    first, other = (initialize(model=toy.Config(), config=DS, seed=seed) for seed in (None, 1))
+    first, other = (
+        initialize(model=toy.Config(), config=DS, seed=seed) for seed in (None, 1)
+    )
     assert first.program.run.seed == 0
     assert np.any(host(first.params)["embed"] != host(other.params)["embed"])
     with pytest.raises(ConfigError, match="seed=1 has no effect with a RunConfig"):
@@ -340,7 +415,7 @@ class MLP(nnx.Module):
         return self.outer(nnx.relu(self.norm(self.inner(x))))
 
 
-def classify(model: MLP, batch: Any) -> tuple[jax.Array, Any]:
+def classify(model: MLP, batch: Any) -> Any:
     logp = jax.nn.log_softmax(model(batch["x"]))
     hit = jax.nn.one_hot(batch["y"], 3)
     return -jnp.sum(logp * hit), batch["y"].shape[0]
@@ -384,12 +459,18 @@ def test_users_own_module_trains_at_every_stage_as_by_hand(stage: int) -> None:
         "optimizer": {"type": "SGD", "params": {"lr": 0.1}},
         "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
     }
-    engine = jaxspeed.initialize(model=MLP(rngs=nnx.Rngs(0)), config=ds, loss_fn=classify)
+    engine = jaxspeed.initialize(
+        model=MLP(rngs=nnx.Rngs(0)), config=ds, loss_fn=classify
+    )
     losses = [float(engine.train_batch(points())["train/loss"]) for _ in range(4)]
     expected, params = plain_curve()
     assert losses == pytest.approx(expected, rel=1e-5)
     assert losses[-1] < losses[0]
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), host(engine.params), params)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+        host(engine.params),
+        params,
+    )
     sharded = engine.params["inner"]["kernel"].addressable_shards[0].data.shape
     assert sharded == ((8, 16) if stage == 0 else (8, 2))
 
@@ -400,9 +481,17 @@ def test_users_class_and_images_train() -> None:
             self.conv = nnx.Conv(1, 4, (3, 3), rngs=rngs)
 
     def loss(model: Any, batch: Any) -> Sums:
-        return Sums(jnp.sum(jnp.square(model.conv(batch["image"]) - 1)), jnp.float32(batch["image"].size))
+        return Sums(
+            jnp.sum(jnp.square(model.conv(batch["image"]) - 1)),
+            jnp.float32(batch["image"].size),
+        )
 
-    engine = jaxspeed.initialize(model=Conv, config={"train_batch_size": 8}, loss_fn=loss, devices=jax.devices()[:4])
+    engine = jaxspeed.initialize(
+        model=Conv,
+        config={"train_batch_size": 8},
+        loss_fn=loss,
+        devices=jax.devices()[:4],
+    )
     images = {"image": np.random.default_rng(0).random((8, 5, 5, 1))}
     losses = [float(engine.train_batch(images)["train/loss"]) for _ in range(3)]
     assert losses == sorted(losses, reverse=True)
@@ -411,8 +500,16 @@ def test_users_class_and_images_train() -> None:
 BAD_MODELS: list[tuple[Any, str]] = [
     (3, "model=int: not a model; give a family's Config"),
     (toy.Config, "model=type: not a model"),
-    (lambda rngs: nnx.BatchNorm(4, rngs=rngs), "model.mean is a BatchStat: .* such as LayerNorm"),
-    (lambda rngs: nnx.Sequential(nnx.Linear(4, 4, rngs=rngs), nnx.Dropout(0.1, rngs=rngs)), "use jaxspeed.ops.dropout"),
+    (
+        lambda rngs: nnx.BatchNorm(4, rngs=rngs),
+        "model.mean is a BatchStat: .* such as LayerNorm",
+    ),
+    (
+        lambda rngs: nnx.Sequential(
+            nnx.Linear(4, 4, rngs=rngs), nnx.Dropout(0.1, rngs=rngs)
+        ),
+        "use jaxspeed.ops.dropout",
+    ),
     (lambda rngs: {"w": jnp.ones(3)}, "model is a dict, not an nnx.Module"),
     (nnx.Module(), "model Module has no parameters"),
 ]
@@ -429,12 +526,17 @@ def test_what_is_no_model_is_refused_in_one_line(model: Any, message: str) -> No
     ("config", "message"),
     [
         ({**DS, "train_batch_sise": 8}, "train_batch_sise"),
-        ({**DS, "train_batch_size": 10, "train_micro_batch_size_per_gpu": 4}, "nearest legal"),
+        (
+            {**DS, "train_batch_size": 10, "train_micro_batch_size_per_gpu": 4},
+            "nearest legal",
+        ),
         ({}, "batch"),
         ("nowhere.json", "nowhere.json"),
     ],
 )
-def test_config_that_cannot_be_is_refused_in_one_line(config: Any, message: str) -> None:
+def test_config_that_cannot_be_is_refused_in_one_line(
+    config: Any, message: str
+) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
         initialize(model=toy.Config(), config=config)
     assert "\n" not in str(caught.value)

@@ -688,3 +688,17 @@ def test_unsliced_and_sliced_all_reduces_are_told_apart_in_the_table() -> None:
         read_ledger(sliced_program("%id"), {"fsdp": 16})
     )
     assert "(sliced)" not in str(read_ledger(sliced_program("%e2"), {"fsdp": 16}))
+
+
+def test_kernel_metadata_on_lines_of_its_own_does_not_end_a_computation() -> None:
+    text = """HloModule m, num_partitions=2
+
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %p = f32[8] parameter(0)
+  %k = f32[8] custom-call(%p), custom_call_target="kernel", frontend_attributes={kernel_metadata={
+"block":"{\\"q\\": 1024}"
+}}, metadata={op_name="attention"}
+  ROOT %r = f32[8] all-reduce(%k), replica_groups={{0,1}}, to_apply=%add
+}
+"""
+    assert read_ledger(text, {"fsdp": 2}).elements("all-reduce") == 8

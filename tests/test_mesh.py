@@ -13,7 +13,9 @@ SIZES = [(1, 8, 1), (8, 1, 1), (2, 2, 2), (2, 4, 1), (1, 4, 2), (1, 1, 1), (1, 2
 
 
 @pytest.mark.parametrize("sizes", SIZES)
-def test_mesh_has_its_axes_in_order_over_each_device_once(sizes: tuple[int, ...]) -> None:
+def test_mesh_has_its_axes_in_order_over_each_device_once(
+    sizes: tuple[int, ...],
+) -> None:
     devices = jax.devices()[: sizes[0] * sizes[1] * sizes[2]]
     mesh = build_mesh(dict(zip(MESH_AXES, sizes, strict=True)), devices)
     assert mesh.axis_names == MESH_AXES
@@ -23,7 +25,11 @@ def test_mesh_has_its_axes_in_order_over_each_device_once(sizes: tuple[int, ...]
 
 
 def test_all_devices_are_taken_by_default() -> None:
-    assert build_mesh(MeshConfig().sizes(8)).shape == {"data": 1, "fsdp": 8, "tensor": 1}
+    assert build_mesh(MeshConfig().sizes(8)).shape == {
+        "data": 1,
+        "fsdp": 8,
+        "tensor": 1,
+    }
 
 
 def test_neighbours_on_the_last_axis_are_neighbours_in_the_list() -> None:
@@ -33,7 +39,10 @@ def test_neighbours_on_the_last_axis_are_neighbours_in_the_list() -> None:
 
 def test_devices_are_those_given() -> None:
     chosen = jax.devices()[4:6]
-    assert list(build_mesh({"data": 1, "fsdp": 2, "tensor": 1}, chosen).devices.flat) == chosen
+    assert (
+        list(build_mesh({"data": 1, "fsdp": 2, "tensor": 1}, chosen).devices.flat)
+        == chosen
+    )
 
 
 def test_sizes_that_do_not_multiply_to_the_devices_are_refused() -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is settled before an array exists: batches, shares of processes, precision, notices, lowering."""
+"""What is settled before an array exists: batches, shares of processes, precision."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -9,9 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxspeed.config import ConfigError, DTypeConfig, LossScaleConfig, MeshConfig, ZeroConfig
+from jaxspeed.config import (
+    ConfigError,
+    DTypeConfig,
+    LossScaleConfig,
+    MeshConfig,
+    ZeroConfig,
+)
 from jaxspeed.program import Program, build_program, notices
 from tests import toy
 from tests.toy import G, T, batch_of, program_of, run_of
@@ -22,11 +29,15 @@ MESH = MeshConfig(data=2, fsdp=2, tensor=2)
 
 def test_training_batch_has_the_rows_of_micro_step_i_at_index_i() -> None:
     program = program_of(8, mesh=MESH, accumulate=2)
-    rows = {"inputs": np.arange(G * T, dtype=np.int32).reshape(G, T), "weight": np.arange(G, dtype=np.float32)}
+    rows = {
+        "inputs": np.arange(G * T, dtype=np.int32).reshape(G, T),
+        "weight": np.arange(G, dtype=np.float32),
+    }
     batch = program.put_batch(rows)
     np.testing.assert_array_equal(batch["inputs"], rows["inputs"].reshape(2, G // 2, T))
     np.testing.assert_array_equal(batch["weight"], rows["weight"].reshape(2, G // 2))
     for x in batch.values():
+        assert isinstance(x.sharding, NamedSharding)
         assert x.sharding.spec == P(None, ("data", "fsdp"))
         assert x.addressable_shards[0].data.shape[:2] == (2, program.batch.micro_size)
 
@@ -40,7 +51,10 @@ def test_evaluation_batch_is_split_over_all_shards() -> None:
 
 def test_abstract_batch_is_that_of_put_batch() -> None:
     program = program_of(8, mesh=MESH, accumulate=2)
-    announced, made = program.abstract_batch(["inputs", "mask"]), program.put_batch(batch_of())
+    announced, made = (
+        program.abstract_batch(["inputs", "mask"]),
+        program.put_batch(batch_of()),
+    )
     for name, x in announced.items():
         assert (x.shape, x.dtype) == (made[name].shape, made[name].dtype)
         assert made[name].sharding.is_equivalent_to(x.sharding, 3)
@@ -50,15 +64,26 @@ def test_abstract_batch_is_that_of_put_batch() -> None:
     ("rows", "message"),
     [
         ({}, "batch is empty; give at least one array"),
-        ({"inputs": np.zeros((15, T), np.int32)}, r"batch\['inputs'\] has shape \(15, 8\): its first dim must be 16"),
+        (
+            {"inputs": np.zeros((15, T), np.int32)},
+            r"batch\['inputs'\] has shape \(15, 8\): its first dim must be 16",
+        ),
         ({"inputs": np.zeros((0, T), np.int32)}, "its first dim must be 16"),
-        ({"inputs": np.zeros((G, T), np.int32), "t": np.float32(1)}, r"batch\['t'\] has shape \(\)"),
-        ({"text": np.array(["a"] * G)}, r"batch\['text'\] holds <U1, which no device computes with"),
+        (
+            {"inputs": np.zeros((G, T), np.int32), "t": np.float32(1)},
+            r"batch\['t'\] has shape \(\)",
+        ),
+        (
+            {"text": np.array(["a"] * G)},
+            r"batch\['text'\] holds <U1, which no device computes with",
+        ),
         ({"x": np.array([None] * G)}, r"batch\['x'\] holds object"),
     ],
 )
 @pytest.mark.parametrize("training", [True, False])
-def test_batch_that_does_not_fit_is_refused(rows: Any, message: str, training: bool) -> None:
+def test_batch_that_does_not_fit_is_refused(
+    rows: Any, message: str, training: bool
+) -> None:
     with pytest.raises(ConfigError, match=message):
         program_of().put_batch(rows, training=training)
 
@@ -72,15 +97,23 @@ def test_wide_numbers_become_the_devices_own() -> None:
 def test_micro_program_takes_the_rows_of_one_micro_step() -> None:
     program = program_of(8, mesh=MESH, accumulate=2)
     assert dataclasses.astuple(program.micro.batch) == (8, 2, 1, 4)
-    assert program.micro.put_batch(batch_of(rows=8), training=False)["inputs"].shape == (8, T)
+    assert program.micro.put_batch(batch_of(rows=8), training=False)[
+        "inputs"
+    ].shape == (8, T)
     with pytest.raises(ConfigError, match="its first dim must be 8"):
         program.micro.check_rows(batch_of())
 
 
-def shares(processes: Any, shards: int, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
-    """Returns each process's (index, count) for a grid (batch shards, tensor) of process numbers."""
-    grid = np.vectorize(lambda p: SimpleNamespace(process_index=p), otypes=[object])(np.asarray(processes))
-    mesh = SimpleNamespace(devices=grid, shape={"data": 1, "fsdp": shards, "tensor": grid.size // shards})
+def shares(
+    processes: Any, shards: int, monkeypatch: pytest.MonkeyPatch
+) -> list[tuple[int, int]]:
+    """Returns each process's (index, count) for a grid (batch shards, tensor) of processes."""
+    grid = np.vectorize(lambda p: SimpleNamespace(process_index=p), otypes=[object])(
+        np.asarray(processes)
+    )
+    mesh = SimpleNamespace(
+        devices=grid, shape={"data": 1, "fsdp": shards, "tensor": grid.size // shards}
+    )
     found = []
     for index in np.unique(processes):
         monkeypatch.setattr(jax, "process_index", lambda index=index: int(index))
@@ -97,7 +130,11 @@ def shares(processes: Any, shards: int, monkeypatch: pytest.MonkeyPatch) -> list
         ([1, 1, 0, 0], 4, [(1, 2), (0, 2)]),
         ([0, 1, 2, 3], 4, [(0, 4), (1, 4), (2, 4), (3, 4)]),
         # A TPU slice of 4 x 4 chips on hosts of 2 x 2: a host's shards are not neighbours.
-        ([0, 0, 1, 1, 0, 0, 1, 1, 2, 2, 3, 3, 2, 2, 3, 3], 16, [(0, 4), (1, 4), (2, 4), (3, 4)]),
+        (
+            [0, 0, 1, 1, 0, 0, 1, 1, 2, 2, 3, 3, 2, 2, 3, 3],
+            16,
+            [(0, 4), (1, 4), (2, 4), (3, 4)],
+        ),
         # tensor inside a process, over two, and over all.
         ([[0, 0], [0, 0], [1, 1], [1, 1]], 4, [(0, 2), (1, 2)]),
         ([[0, 1], [0, 1]], 2, [(0, 1), (0, 1)]),
@@ -105,13 +142,18 @@ def shares(processes: Any, shards: int, monkeypatch: pytest.MonkeyPatch) -> list
     ],
 )
 def test_processes_share_the_rows_by_their_shards(
-    processes: Any, shards: int, expected: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+    processes: Any,
+    shards: int,
+    expected: list[tuple[int, int]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert shares(processes, shards, monkeypatch) == expected
 
 
 @pytest.mark.parametrize("processes", [[[0, 0], [0, 1], [1, 1]], [0, 0, 0, 1]])
-def test_processes_whose_parts_overlap_are_refused(processes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_whose_parts_overlap_are_refused(
+    processes: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(ConfigError, match="overlap with another's; let tensor divide"):
         shares(processes, len(processes), monkeypatch)
 
@@ -122,17 +164,30 @@ def test_processes_whose_parts_overlap_are_refused(processes: Any, monkeypatch: 
         (DTypeConfig(compute="float32"), "float32", "float32", "float32"),
         (DTypeConfig(), "bfloat16", "float32", "float32"),
         (DTypeConfig(activations="compute"), "bfloat16", "bfloat16", "float32"),
-        (DTypeConfig(activations="float32", reduce="compute"), "bfloat16", "float32", "bfloat16"),
+        (
+            DTypeConfig(activations="float32", reduce="compute"),
+            "bfloat16",
+            "float32",
+            "bfloat16",
+        ),
     ],
 )
-def test_precision_of_the_settings_reaches_the_trace(dtype: DTypeConfig, compute: str, activations: str, reduce: str) -> None:
+def test_precision_of_the_settings_reaches_the_trace(
+    dtype: DTypeConfig, compute: str, activations: str, reduce: str
+) -> None:
     spec = build_program(run_of(dtype=dtype), devices=jax.devices()[:1]).spec
-    assert (spec.settings.compute, spec.settings.activations, spec.reduce_dtype) == (compute, activations, reduce)
+    assert (spec.settings.compute, spec.settings.activations, spec.reduce_dtype) == (
+        compute,
+        activations,
+        reduce,
+    )
     assert (spec.settings.platform, spec.settings.tensor) == ("cpu", 1)
 
 
 def test_dropout_is_drawn_where_the_model_may_drop() -> None:
-    build = lambda rate, **more: build_program(run_of(model=toy.Config(dropout=rate)), devices=jax.devices()[:1], **more)
+    build = lambda rate, **more: build_program(
+        run_of(model=toy.Config(dropout=rate)), devices=jax.devices()[:1], **more
+    )
     assert not build(0.0).spec.dropout
     assert build(0.1).spec.dropout
     # Nothing is known of a function's model, so it gets a key.
@@ -141,7 +196,9 @@ def test_dropout_is_drawn_where_the_model_may_drop() -> None:
 
 @pytest.mark.parametrize("batch", [8, 24, 1024])
 def test_seed_scale_is_a_power_of_two_near_one_over_the_tokens(batch: int) -> None:
-    scale = build_program(run_of(global_batch_size=batch), devices=jax.devices()[:1]).spec.seed_scale
+    scale = build_program(
+        run_of(global_batch_size=batch), devices=jax.devices()[:1]
+    ).spec.seed_scale
     assert np.frexp(scale)[0] == 0.5
     assert 0.7 <= scale * batch * T <= 1.42
 
@@ -149,7 +206,12 @@ def test_seed_scale_is_a_power_of_two_near_one_over_the_tokens(batch: int) -> No
 def test_loss_scale_is_a_part_of_float16_states_only() -> None:
     assert program_of().abstract_state["loss_scale"] == ()
     run = run_of(compute="float16", loss_scale=LossScaleConfig(static=8.0))
-    assert build_program(run, devices=jax.devices()[:1]).abstract_state["loss_scale"].scale.shape == ()
+    assert (
+        build_program(run, devices=jax.devices()[:1])
+        .abstract_state["loss_scale"]
+        .scale.shape
+        == ()
+    )
 
 
 @pytest.mark.parametrize(
@@ -159,11 +221,17 @@ def test_loss_scale_is_a_part_of_float16_states_only() -> None:
         ({"stage": 3}, 8, []),
         ({"stage": 3, "mesh": MESH}, 8, []),
         ({"stage": 2}, 1, ["zero.stage=2 shards nothing here: mesh.fsdp is 1"]),
-        ({"stage": 1, "mesh": MeshConfig(data=8)}, 8, ["zero.stage=1 shards nothing here"]),
+        (
+            {"stage": 1, "mesh": MeshConfig(data=8)},
+            8,
+            ["zero.stage=1 shards nothing here"],
+        ),
         (
             {"stage": 3, "model": toy.Config(d_model=12, vocab_size=30)},
             8,
-            ["3 parameters (672 elements) stay whole: none of their dims divides by mesh.fsdp=8"],
+            [
+                "3 parameters (672 elements) stay whole: none of their dims divides by mesh.fsdp=8"
+            ],
         ),
         ({"stage": 0, "model": toy.Config(d_model=12, vocab_size=30)}, 8, []),
         (
@@ -173,7 +241,9 @@ def test_loss_scale_is_a_part_of_float16_states_only() -> None:
         ),
     ],
 )
-def test_settings_without_effect_are_said_once(changes: Any, devices: int, said: list[str]) -> None:
+def test_settings_without_effect_are_said_once(
+    changes: Any, devices: int, said: list[str]
+) -> None:
     program = build_program(run_of(**changes), devices=jax.devices()[:devices])
     found = notices(program)
     assert len(found) == len(said)
@@ -188,10 +258,19 @@ def test_settings_without_effect_are_said_once(changes: Any, devices: int, said:
         ({"seq_len": 9}, "the model has 8 positions"),
         ({"mesh": MeshConfig(data=16)}, "needs a multiple of 16 devices"),
         ({"loss_scale": LossScaleConfig(window=3)}, "no effect"),
-        ({"zero": ZeroConfig(), "mesh": MeshConfig(fsdp=4)}, "asks for 4 devices but there are 8"),
+        (
+            {"dtype": DTypeConfig(reduce="compute")},
+            "dtype.reduce='compute': XLA dies of a bfloat16 reduction on CPU",
+        ),
+        (
+            {"zero": ZeroConfig(), "mesh": MeshConfig(fsdp=4)},
+            "asks for 4 devices but there are 8",
+        ),
     ],
 )
-def test_run_that_cannot_be_is_refused_before_anything_is_built(changes: Any, message: str) -> None:
+def test_run_that_cannot_be_is_refused_before_anything_is_built(
+    changes: Any, message: str
+) -> None:
     with pytest.raises(ConfigError, match=message):
         build_program(run_of(**changes), devices=jax.devices())
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Each policy keeps what its name says and does again the products that it must; none keeps a whole weight."""
+"""Each policy keeps what its name says; none keeps a whole weight."""
 
 from collections import Counter
 from typing import Any
@@ -24,8 +24,10 @@ WHOLE = (D, F)
 
 
 def layer(x: jax.Array, shard: jax.Array) -> jax.Array:
-    """Returns a layer of two products of one weight that is gathered from shards, an attention value between."""
-    whole = jnp.broadcast_to(shard, (2, *shard.shape)).reshape(WHOLE).astype(jnp.float32)
+    """Returns two products by one weight, gathered from shards, an attention value between."""
+    whole = (
+        jnp.broadcast_to(shard, (2, *shard.shape)).reshape(WHOLE).astype(jnp.float32)
+    )
     q = checkpoint_name(jnp.sin(linear(x, whole)), "q")
     return jnp.tanh(linear(jnp.exp(q), whole.T))
 
@@ -33,8 +35,12 @@ def layer(x: jax.Array, shard: jax.Array) -> jax.Array:
 def kept(policy: str) -> Counter[tuple[int, ...]]:
     """Returns the shapes that the backward pass is given, the layer's inputs apart."""
     run = checkpoint_layer(layer, policy)
-    residuals = jax.tree.leaves(jax.eval_shape(lambda x, s: jax.vjp(run, x, s)[1], X, SHARD))
-    return Counter(r.shape for r in residuals if r.size) - Counter([X.shape, SHARD.shape])
+    residuals = jax.tree.leaves(
+        jax.eval_shape(lambda x, s: jax.vjp(run, x, s)[1], X, SHARD)
+    )
+    return Counter(r.shape for r in residuals if r.size) - Counter(
+        [X.shape, SHARD.shape]
+    )
 
 
 def products(jaxpr: Any) -> int:
@@ -44,7 +50,11 @@ def products(jaxpr: Any) -> int:
 
 def products_of_a_step(policy: str) -> int:
     run = checkpoint_layer(layer, policy)
-    return products(jax.make_jaxpr(jax.grad(lambda x, s: jnp.sum(run(x, s)), argnums=(0, 1)))(X, SHARD).jaxpr)
+    return products(
+        jax.make_jaxpr(jax.grad(lambda x, s: jnp.sum(run(x, s)), argnums=(0, 1)))(
+            X, SHARD
+        ).jaxpr
+    )
 
 
 @pytest.mark.parametrize("policy", REMAT_POLICIES)
@@ -74,17 +84,25 @@ def test_full_does_the_products_of_the_forward_pass_again() -> None:
 def test_policy_does_not_change_values(policy: str) -> None:
     rng = np.random.default_rng(0)
     x, shard = (jnp.asarray(rng.normal(size=s.shape), jnp.float32) for s in (X, SHARD))
-    value = lambda f: jax.jit(jax.value_and_grad(lambda x, s: jnp.sum(f(x, s)), argnums=(0, 1)))(x, shard)
-    for ours, plain in zip(jax.tree.leaves(value(checkpoint_layer(layer, policy))), jax.tree.leaves(value(layer)), strict=True):
+    value = lambda f: jax.jit(
+        jax.value_and_grad(lambda x, s: jnp.sum(f(x, s)), argnums=(0, 1))
+    )(x, shard)
+    for ours, plain in zip(
+        jax.tree.leaves(value(checkpoint_layer(layer, policy))),
+        jax.tree.leaves(value(layer)),
+        strict=True,
+    ):
         np.testing.assert_allclose(ours, plain, rtol=1e-5, atol=1e-6)
 
 
 def test_dots_does_attention_again() -> None:
-    """Products with batch dims are attention's: their results grow with the square of the sequence."""
+    """Products with batch dims are attention's: they grow with the square of the sequence."""
 
     def attend(x: jax.Array) -> jax.Array:
         return jnp.sin(jnp.einsum("btd,bsd->bts", x, x))
 
     x = jax.ShapeDtypeStruct((2, 5, 3), jnp.float32)
-    residuals = jax.eval_shape(lambda x: jax.vjp(checkpoint_layer(attend, "dots"), x)[1], x)
+    residuals = jax.eval_shape(
+        lambda x: jax.vjp(checkpoint_layer(attend, "dots"), x)[1], x
+    )
     assert {r.shape for r in jax.tree.leaves(residuals)} == {(2, 5, 3)}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Placements are those of the ZeRO table, and a weight has the same value and gradient under every stage."""
+"""Placements are the ZeRO table's; a weight has one gradient under every stage."""
 
 import dataclasses
 import functools
@@ -10,11 +10,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jaxspeed.ambient import ambient
 from jaxspeed.config import ZeroConfig
-from jaxspeed.sharding import SHARDED, Placement, Weight, materialise, place, place_all, shard
+from jaxspeed.sharding import (
+    SHARDED,
+    Placement,
+    Weight,
+    materialise,
+    place,
+    place_all,
+    shard,
+)
 
 
 SIZES = {"data": 1, "fsdp": 8, "tensor": 1}
@@ -39,7 +48,9 @@ TABLE = {
 @pytest.mark.parametrize("stage", list(TABLE))
 def test_stage_shards_the_kinds_of_the_table(stage: int, kind: str) -> None:
     placement = place((16, 32), ("embed", "mlp"), SIZES, zero(stage))
-    assert placement.spec(kind) == (P(None, "fsdp") if TABLE[stage][kind] else P(None, None))
+    assert placement.spec(kind) == (
+        P(None, "fsdp") if TABLE[stage][kind] else P(None, None)
+    )
     assert (kind in SHARDED[stage]) == TABLE[stage][kind]
 
 
@@ -64,7 +75,12 @@ PLACES = [
     ((16, 1, 8), ("embed", "kv_heads", "head_dim"), TENSOR, P("fsdp", None, None)),
     ((64, 16), ("vocab", "embed"), TENSOR, P("tensor", "fsdp")),
     ((63, 16), ("vocab", "embed"), TENSOR, P(None, "fsdp")),
-    ((3, 16, 4, 8), ("layers", "embed", "heads", "head_dim"), TENSOR, P(None, "fsdp", "tensor", None)),
+    (
+        (3, 16, 4, 8),
+        ("layers", "embed", "heads", "head_dim"),
+        TENSOR,
+        P(None, "fsdp", "tensor", None),
+    ),
     ((16,), ("mlp",), TENSOR, P("tensor")),
     ((16, 32), None, TENSOR, P(None, "fsdp")),
     ((16, 32), (None, "mlp"), TENSOR, P("fsdp", "tensor")),
@@ -72,16 +88,25 @@ PLACES = [
 
 
 @pytest.mark.parametrize(("shape", "dims", "sizes", "spec"), PLACES)
-def test_dims_go_over_tensor_by_name_and_over_fsdp_by_size(shape: Any, dims: Any, sizes: Any, spec: P) -> None:
+def test_dims_go_over_tensor_by_name_and_over_fsdp_by_size(
+    shape: Any, dims: Any, sizes: Any, spec: P
+) -> None:
     placement = place(shape, dims, sizes, zero(3))
     assert placement.spec("master") == spec
     manual = P(*(axis if axis == "fsdp" else None for axis in spec))
     assert placement.spec("master", manual_only=True) == manual
-    assert place(shape, dims, sizes, zero(0)).spec("master") == P(*(axis if axis == "tensor" else None for axis in spec))
+    assert place(shape, dims, sizes, zero(0)).spec("master") == P(
+        *(axis if axis == "tensor" else None for axis in spec)
+    )
 
 
-@pytest.mark.parametrize(("shape", "dims", "sizes", "spec"), [row for row in PLACES if row[1] and row[1][0] == "layers"])
-def test_slice_of_a_layer_has_the_placement_of_the_stack(shape: Any, dims: Any, sizes: Any, spec: P) -> None:
+@pytest.mark.parametrize(
+    ("shape", "dims", "sizes", "spec"),
+    [row for row in PLACES if row[1] and row[1][0] == "layers"],
+)
+def test_slice_of_a_layer_has_the_placement_of_the_stack(
+    shape: Any, dims: Any, sizes: Any, spec: P
+) -> None:
     placement = place(shape, dims, sizes, zero(3))
     assert placement.stacked
     tensor = tuple(axis if axis == "tensor" else None for axis in spec)
@@ -98,7 +123,9 @@ def test_slice_of_a_layer_has_the_placement_of_the_stack(shape: Any, dims: Any, 
         ((4, 16, 32), ("layers", "embed", "mlp"), 513, False),
     ],
 )
-def test_small_parameter_of_a_layer_is_gathered_once_a_step(shape: Any, dims: Any, threshold: int, gathered_in_layers: bool) -> None:
+def test_small_parameter_of_a_layer_is_gathered_once_a_step(
+    shape: Any, dims: Any, threshold: int, gathered_in_layers: bool
+) -> None:
     placement = place(shape, dims, SIZES, zero(3, threshold))
     assert ("fsdp" in placement.spec("compute")) == gathered_in_layers
     assert "fsdp" in placement.spec("master")
@@ -127,12 +154,16 @@ def loss(x: Any, w: Any) -> Any:
 
 
 @functools.cache
-def weight_program(stage: int, mesh: Mesh, compute: Any, reduce_dtype: Any) -> Callable[..., Any]:
-    """Returns a jitted function of (x, master) that gives loss and gradient as the step takes them."""
+def weight_program(
+    stage: int, mesh: Mesh, compute: Any, reduce_dtype: Any
+) -> Callable[..., Any]:
+    """Returns (x, master) -> (loss, gradient), jitted, taken as the step takes them."""
     placement = place(W.shape, ("embed", "mlp"), dict(mesh.shape), zero(stage))
     copy_spec, slot_spec = placement.spec("compute"), placement.spec("gradient")
 
-    def local(x: jax.Array, copy: jax.Array, slot: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def local(
+        x: jax.Array, copy: jax.Array, slot: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
         def value(slot: jax.Array) -> jax.Array:
             with ambient(compute=compute):
                 return loss(x, materialise(Weight(copy, slot, placement, reduce_dtype)))
@@ -157,7 +188,9 @@ def weight_program(stage: int, mesh: Mesh, compute: Any, reduce_dtype: Any) -> C
 
 @pytest.mark.parametrize("shape", list(MESHES))
 @pytest.mark.parametrize("stage", list(TABLE))
-def test_weight_has_one_gradient_under_every_stage(stage: int, shape: str, mesh: Callable[..., Mesh]) -> None:
+def test_weight_has_one_gradient_under_every_stage(
+    stage: int, shape: str, mesh: Callable[..., Mesh]
+) -> None:
     value, gradient = jax.value_and_grad(loss, argnums=1)(X, W)
     devices = mesh(*MESHES[shape])
     ours, slope = weight_program(stage, devices, jnp.float32, jnp.float32)(X, W)
@@ -168,7 +201,9 @@ def test_weight_has_one_gradient_under_every_stage(stage: int, shape: str, mesh:
 
 
 @pytest.mark.parametrize("stage", [1, 3])
-def test_bfloat16_weight_is_rounded_and_its_gradient_is_not(stage: int, mesh: Callable[..., Mesh]) -> None:
+def test_bfloat16_weight_is_rounded_and_its_gradient_is_not(
+    stage: int, mesh: Callable[..., Mesh]
+) -> None:
     rounded = W.astype(jnp.bfloat16).astype(np.float32)
     value, gradient = jax.value_and_grad(loss, argnums=1)(X, rounded)
     ours, slope = weight_program(stage, mesh(1, 8), jnp.bfloat16, jnp.float32)(X, W)
@@ -179,7 +214,9 @@ def test_bfloat16_weight_is_rounded_and_its_gradient_is_not(stage: int, mesh: Ca
 
 def test_weight_without_a_slot_has_a_value() -> None:
     placement = place(W.shape, None, {"data": 1, "fsdp": 1, "tensor": 1}, zero(3))
-    assert jnp.array_equal(Weight(jnp.asarray(W), None, placement, jnp.float32).materialise(), W)
+    assert jnp.array_equal(
+        Weight(jnp.asarray(W), None, placement, jnp.float32).materialise(), W
+    )
 
 
 def test_what_is_not_a_weight_passes_unchanged() -> None:
@@ -210,7 +247,9 @@ def test_shard_says_nothing_without_a_tensor_axis() -> None:
         ((4, 2, 8), ("batch", "heads", "head_dim"), P(None, "tensor", None)),
     ],
 )
-def test_shard_puts_named_dims_over_tensor(shape: Any, dims: Any, spec: P, mesh: Callable[..., Mesh]) -> None:
+def test_shard_puts_named_dims_over_tensor(
+    shape: Any, dims: Any, spec: P, mesh: Callable[..., Mesh]
+) -> None:
     with ambient(tensor=2), jax.set_mesh(mesh(2, 2, 2)):
         jaxpr = jax.make_jaxpr(lambda x: shard(x, *dims))(jnp.ones(shape))
     (equation,) = jaxpr.eqns

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A decoder that compiles in a moment: what tests of the step and the engine train where the architecture does not matter."""
+"""A decoder that compiles in a moment, for tests of all that is around a model."""
 
 import dataclasses
 import functools
@@ -12,7 +12,14 @@ import numpy as np
 from flax import nnx
 
 from jaxspeed import ops
-from jaxspeed.config import DTypeConfig, LossScaleConfig, OptimConfig, RunConfig, ScheduleConfig, ZeroConfig
+from jaxspeed.config import (
+    DTypeConfig,
+    LossScaleConfig,
+    OptimConfig,
+    RunConfig,
+    ScheduleConfig,
+    ZeroConfig,
+)
 from jaxspeed.nn import Layers, param
 from jaxspeed.program import Program, State, build_program
 from jaxspeed.sharding import shard
@@ -49,7 +56,10 @@ class Block(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = shard(ops.linear(x, self.w[...], self.b[...]), "batch", "seq", "mlp")
-        past = jnp.cumsum(y, axis=1) / jnp.arange(1, x.shape[1] + 1, dtype=y.dtype)[None, :, None]
+        past = (
+            jnp.cumsum(y, axis=1)
+            / jnp.arange(1, x.shape[1] + 1, dtype=y.dtype)[None, :, None]
+        )
         return x + ops.dropout(jnp.tanh(past), self.dropout, site=0)
 
 
@@ -57,10 +67,14 @@ class Toy(nnx.Module):
     """The decoder."""
 
     def __init__(self, cfg: Config, rngs: nnx.Rngs) -> None:
-        self.embed = param(NORMAL, rngs, (cfg.vocab_size, cfg.d_model), ("vocab", "embed"))
+        self.embed = param(
+            NORMAL, rngs, (cfg.vocab_size, cfg.d_model), ("vocab", "embed")
+        )
         self.layers = Layers(lambda rngs: Block(cfg, rngs), cfg.num_layers, rngs)
 
-    def hidden(self, inputs: Any, positions: Any = None, segment_ids: Any = None) -> jax.Array:
+    def hidden(
+        self, inputs: Any, positions: Any = None, segment_ids: Any = None
+    ) -> jax.Array:
         """Returns the last hidden states."""
         del positions, segment_ids
         return self.layers(ops.embed(self.embed[...], inputs))
@@ -88,9 +102,11 @@ def run_of(**changes: Any) -> RunConfig:
 
 
 @functools.cache
-def program_of(devices: int = 1, loss_fn: LossFn | None = None, **changes: Any) -> Program:
+def program_of(
+    devices: int = 1, loss_fn: LossFn | None = None, **changes: Any
+) -> Program:
     """Returns the run's program, the same one for the same arguments."""
-    more = {} if loss_fn is None else {"loss_fn": loss_fn}
+    more: dict[str, Any] = {} if loss_fn is None else {"loss_fn": loss_fn}
     return build_program(run_of(**changes), devices=jax.devices()[:devices], **more)
 
 
@@ -101,7 +117,7 @@ def parameters() -> Any:
 
 
 def start(program: Program) -> State:
-    """Returns the state at step 0 from these parameters: draws no numbers, so it compiles in a moment."""
+    """Returns the state at step 0 from these parameters; drawing them would take compiling."""
 
     def fresh(params: Any) -> State:
         return {**program.init(jax.random.key(0)), "params": params}
@@ -114,11 +130,14 @@ def batch_of(seed: int = 0, rows: int = G) -> dict[str, np.ndarray]:
     """Returns rows of text that can be learnt, with ragged masks."""
     rng = np.random.default_rng(seed)
     inputs = (rng.integers(0, V, (rows, 1)) + 3 * np.arange(T)) % V
-    return {"inputs": inputs.astype(np.int32), "mask": rng.random((rows, T)) < rng.random((rows, 1))}
+    return {
+        "inputs": inputs.astype(np.int32),
+        "mask": rng.random((rows, T)) < rng.random((rows, 1)),
+    }
 
 
 def boom_loss(model: Toy, batch: Any) -> Sums:
-    """Returns the next-token loss, times `boom` (one number a row): infinity or NaN makes the step fail."""
+    """Returns the next-token loss times `boom`: infinity or NaN makes the step fail."""
     from jaxspeed.losses import next_token_loss
 
     sums = next_token_loss(model, {"inputs": batch["inputs"]})
@@ -126,19 +145,24 @@ def boom_loss(model: Toy, batch: Any) -> Sums:
 
 
 def float16_program() -> Program:
-    """Returns a program whose loss scale starts at 16, moves fast, and whose steps can be made to fail."""
+    """Returns a program whose loss scale moves fast and whose steps can be made to fail."""
     cfg = LossScaleConfig(initial_power=4, window=2, hysteresis=2, minimum=2.0)
     return program_of(loss_fn=boom_loss, compute="float16", loss_scale=cfg)
 
 
 def boom(value: float, rows: int = G) -> dict[str, np.ndarray]:
     """Returns a batch for `boom_loss`."""
-    return {"inputs": batch_of(rows=rows)["inputs"], "boom": np.full((rows,), value, np.float32)}
+    return {
+        "inputs": batch_of(rows=rows)["inputs"],
+        "boom": np.full((rows,), value, np.float32),
+    }
 
 
 def host(tree: Any) -> Any:
     """Returns the arrays of a tree as numpy arrays, PRNG keys as their data."""
-    plain = lambda x: jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+    plain = lambda x: (
+        jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+    )
     return jax.device_get(jax.tree.map(plain, tree))
 
 

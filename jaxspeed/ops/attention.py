@@ -3,11 +3,13 @@
 
 import functools
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from jaxspeed.ambient import current
@@ -39,7 +41,10 @@ def attention(
     chosen, _ = choose_attention(settings.attention, settings.platform, settings.compute, q.shape, k.shape, segment_ids is not None)
     if chosen != "cpu":  # which names its own, in the layout that it reads
         q, k, v = (checkpoint_name(x, name) for x, name in ((q, "q"), (k, "k"), (v, "v")))
-    out = _KERNELS[chosen](q.astype(settings.compute), k.astype(settings.compute), v.astype(settings.compute), segment_ids)
+    kernel = _KERNELS[chosen]
+    if settings.tensor > 1 and chosen in ("splash", "cudnn"):
+        kernel = _over_tensor(kernel, settings.tensor, q.shape[2], k.shape[2])
+    out = kernel(q.astype(settings.compute), k.astype(settings.compute), v.astype(settings.compute), segment_ids)
     return checkpoint_name(out.astype(settings.activations), "attended")
 
 
@@ -61,6 +66,23 @@ def choose_attention(
     why = "; ".join(f"{name}: {why_not}" for name, why_not in refusals.items() if why_not) or "first choice"
     logger.info("attention kernel: %s (%s)", chosen, why)
     return chosen, why
+
+
+def _over_tensor(kernel: Callable[..., Array], size: int, query_heads: int, key_heads: int) -> Callable[..., Array]:
+    """Returns the kernel run on each device's own heads: the compiler cannot partition it."""
+    if query_heads % size or key_heads % size:
+        raise ConfigError(
+            f"mesh.tensor={size}: does not divide {query_heads} query and {key_heads} key heads, which this attention kernel needs; "
+            "give a divisor of both, or --attention xla"
+        )
+    heads = P(None, None, "tensor", None)
+
+    def run(q: Array, k: Array, v: Array, segment_ids: Array | None) -> Array:
+        return jax.shard_map(kernel, in_specs=(heads, heads, heads, P()), out_specs=heads, axis_names={"tensor"}, check_vma=False)(
+            q, k, v, segment_ids
+        )
+
+    return run
 
 
 def _refuse_splash(platform: str, dtype: str, q_shape: tuple[int, ...], k_shape: tuple[int, ...], segments: bool) -> str:

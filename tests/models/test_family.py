@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Laws that every model family obeys, at a tiny size. A new family gets them all by a line in `FAMILIES`."""
+"""Laws that every model family obeys, at a tiny size; a new family gets them by a word."""
 
 import dataclasses
 import functools
@@ -37,14 +37,27 @@ NAMED = {
     "Llama 3 8B": (llama.LLAMA3_8B, 8_030_261_248),
 }
 
-LOGICAL_DIMS = {"batch", "seq", "embed", "heads", "kv_heads", "head_dim", "mlp", "vocab", "expert", "layers"}
+LOGICAL_DIMS = {
+    "batch",
+    "seq",
+    "embed",
+    "heads",
+    "kv_heads",
+    "head_dim",
+    "mlp",
+    "vocab",
+    "expert",
+    "layers",
+}
 
 by_family = pytest.mark.parametrize("family", list(FAMILIES))
 
 
 @functools.cache
 def initialiser(family: str) -> Callable[[jax.Array], Any]:
-    return jax.jit(lambda key: nn.initialise(lambda: FAMILIES[family].build(nn.rngs(key))))
+    return jax.jit(
+        lambda key: nn.initialise(lambda: FAMILIES[family].build(nn.rngs(key)))
+    )
 
 
 @functools.cache
@@ -72,7 +85,9 @@ def batch() -> dict[str, jax.Array]:
     return {
         "inputs": jnp.asarray(rng.integers(0, V, (B, T)), jnp.int32),
         "mask": jnp.asarray(rng.random((B, T)) < 0.7),
-        "segment_ids": jnp.asarray(np.repeat([[1, 2], [4, 4]], T // 2, axis=1), jnp.int32),
+        "segment_ids": jnp.asarray(
+            np.repeat([[1, 2], [4, 4]], T // 2, axis=1), jnp.int32
+        ),
     }
 
 
@@ -87,7 +102,9 @@ def mean_loss(cfg: Any, **settings: Any) -> Callable[..., jax.Array]:
     return loss
 
 
-def apply(cfg: Any, method: str = "__call__", **settings: Any) -> Callable[..., jax.Array]:
+def apply(
+    cfg: Any, method: str = "__call__", **settings: Any
+) -> Callable[..., jax.Array]:
     def run(params: Any, *args: Any) -> jax.Array:
         with ambient(**settings):
             return getattr(nn.merge(graphdef(cfg), params), method)(*args)
@@ -96,7 +113,11 @@ def apply(cfg: Any, method: str = "__call__", **settings: Any) -> Callable[..., 
 
 
 def assert_trees_close(ours: Any, theirs: Any, tolerance: float = 1e-5) -> None:
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance), ours, theirs)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance),
+        ours,
+        theirs,
+    )
 
 
 @by_family
@@ -123,7 +144,9 @@ def test_hidden_at_t_ignores_tokens_after_t(family: str) -> None:
     @jax.jit
     @jax.grad
     def sensitivity(table: jax.Array, t: int) -> jax.Array:
-        hidden = apply(cfg, "hidden")({**parameters(family), "embed": table}, tokens[None])
+        hidden = apply(cfg, "hidden")(
+            {**parameters(family), "embed": table}, tokens[None]
+        )
         return jnp.sum(jnp.sin(hidden[0, t]))
 
     for t in range(T):
@@ -145,7 +168,11 @@ def test_packed_documents_equal_separate_ones(family: str) -> None:
 
 @by_family
 def test_positions_count_from_zero_by_default(family: str) -> None:
-    forward, params, inputs = jax.jit(apply(FAMILIES[family])), parameters(family), batch()["inputs"]
+    forward, params, inputs = (
+        jax.jit(apply(FAMILIES[family])),
+        parameters(family),
+        batch()["inputs"],
+    )
     positions = np.broadcast_to(np.arange(T, dtype=np.int32), inputs.shape)
     default = forward(params, inputs)
     assert_trees_close(default, forward(params, inputs, positions))
@@ -155,7 +182,9 @@ def test_positions_count_from_zero_by_default(family: str) -> None:
 @by_family
 def test_jit_equals_no_jit(family: str) -> None:
     loss = mean_loss(FAMILIES[family])
-    assert_trees_close(loss(parameters(family), batch()), jax.jit(loss)(parameters(family), batch()))
+    assert_trees_close(
+        loss(parameters(family), batch()), jax.jit(loss)(parameters(family), batch())
+    )
 
 
 @functools.cache
@@ -166,12 +195,16 @@ def gradients(family: str, remat: str = "none") -> Any:
 
 @by_family
 @pytest.mark.parametrize("policy", [p for p in REMAT_POLICIES if p != "none"])
-def test_rematerialisation_changes_neither_loss_nor_gradients(family: str, policy: str) -> None:
+def test_rematerialisation_changes_neither_loss_nor_gradients(
+    family: str, policy: str
+) -> None:
     assert_trees_close(gradients(family, policy), gradients(family))
 
 
 @by_family
-def test_scanned_layers_equal_a_loop_over_layers(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scanned_layers_equal_a_loop_over_layers(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def looped(self: nn.Layers, x: jax.Array, *args: Any) -> jax.Array:
         definition, weights = nnx.split(self.block)
         for i in range(self.num_layers):
@@ -182,18 +215,26 @@ def test_scanned_layers_equal_a_loop_over_layers(family: str, monkeypatch: pytes
     scanned = gradients(family)
     monkeypatch.setattr(nn.Layers, "__call__", looped)
     loss = mean_loss(FAMILIES[family])
-    assert_trees_close(jax.jit(jax.value_and_grad(loss))(parameters(family), batch()), scanned)
+    assert_trees_close(
+        jax.jit(jax.value_and_grad(loss))(parameters(family), batch()), scanned
+    )
 
 
 @by_family
 @pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
-def test_backward_pass_is_traced_with_the_settings_of_the_forward_pass(family: str, platform: str) -> None:
+def test_backward_pass_is_traced_with_the_settings_of_the_forward_pass(
+    family: str, platform: str
+) -> None:
     settings = {"compute": jnp.bfloat16, "platform": platform, "attention": "xla"}
     args = (parameters(family), batch())
     inside = jax.make_jaxpr(jax.grad(mean_loss(FAMILIES[family], **settings)))(*args)
     with ambient(**settings):
-        around = jax.make_jaxpr(jax.grad(mean_loss(FAMILIES[family], **settings)))(*args)
-    inside, around = (re.sub(r"0x[0-9a-f]+", "", str(program)) for program in (inside, around))
+        around = jax.make_jaxpr(jax.grad(mean_loss(FAMILIES[family], **settings)))(
+            *args
+        )
+    inside, around = (
+        re.sub(r"0x[0-9a-f]+", "", str(program)) for program in (inside, around)
+    )
     assert inside == around
 
 
@@ -203,30 +244,47 @@ def test_low_precision_loss_and_gradients_are_close(family: str) -> None:
     value, slopes = jax.jit(jax.value_and_grad(loss))(parameters(family), batch())
     exact, exact_slopes = gradients(family)
     assert float(value) == pytest.approx(float(exact), rel=1e-2)
-    norm = lambda tree: math.sqrt(sum(float(np.sum(np.square(x))) for x in jax.tree.leaves(tree)))
-    assert norm(jax.tree.map(np.subtract, slopes, exact_slopes)) < 0.03 * norm(exact_slopes)
+    norm = lambda tree: math.sqrt(
+        sum(float(np.sum(np.square(x))) for x in jax.tree.leaves(tree))
+    )
+    assert norm(jax.tree.map(np.subtract, slopes, exact_slopes)) < 0.03 * norm(
+        exact_slopes
+    )
     assert {x.dtype for x in jax.tree.leaves(slopes)} == {jnp.dtype("float32")}
 
 
 @by_family
 def test_forward_and_gradient_pass_under_strict_promotion(family: str) -> None:
-    for compute, activations in ((jnp.float32, jnp.float32), (jnp.bfloat16, jnp.float32), (jnp.bfloat16, jnp.bfloat16)):
+    for compute, activations in (
+        (jnp.float32, jnp.float32),
+        (jnp.bfloat16, jnp.float32),
+        (jnp.bfloat16, jnp.bfloat16),
+    ):
         loss = mean_loss(FAMILIES[family], compute=compute, activations=activations)
         with jax.numpy_dtype_promotion("strict"):
-            value, _ = jax.eval_shape(jax.value_and_grad(loss), parameters(family), batch())
+            value, _ = jax.eval_shape(
+                jax.value_and_grad(loss), parameters(family), batch()
+            )
         assert value.dtype == jnp.float32
 
 
 @by_family
 def test_num_params_equals_the_real_tree(family: str) -> None:
-    assert sum(x.size for x in jax.tree.leaves(parameters(family))) == FAMILIES[family].num_params()
+    assert (
+        sum(x.size for x in jax.tree.leaves(parameters(family)))
+        == FAMILIES[family].num_params()
+    )
 
 
 @pytest.mark.parametrize("name", list(NAMED))
 def test_named_size_has_its_published_number_of_parameters(name: str) -> None:
     cfg, published = NAMED[name]
     _, params, _ = nn.abstract(lambda: cfg.build(nn.rngs(jax.random.key(0))))
-    assert sum(math.prod(p.shape) for p in jax.tree.leaves(params)) == cfg.num_params() == published
+    assert (
+        sum(math.prod(p.shape) for p in jax.tree.leaves(params))
+        == cfg.num_params()
+        == published
+    )
 
 
 @by_family
@@ -239,7 +297,9 @@ def test_abstract_model_has_shapes_and_no_arrays(family: str) -> None:
     assert len(jax.live_arrays()) <= before + 1
     assert params["embed"].shape == (10**8, D)
     names = jax.tree.map(lambda p, d: d, params, dims)
-    assert jax.tree.structure(names, is_leaf=lambda x: isinstance(x, tuple)) == jax.tree.structure(params)
+    assert jax.tree.structure(
+        names, is_leaf=lambda x: isinstance(x, tuple)
+    ) == jax.tree.structure(params)
 
 
 @by_family
@@ -254,34 +314,49 @@ def test_every_parameter_names_its_dims(family: str) -> None:
 
 
 def dot_flops(jaxpr: Any, *, attention: bool) -> float:
-    """Returns FLOPs of the products in a program, those with batch dims (attention's) or the others, loops multiplied out."""
+    """Returns FLOPs of attention's products (they have batch dims), or of the others."""
     total = 0.0
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
             (contract, _), (batched, _) = equation.params["dimension_numbers"]
             left = equation.invars[0].aval.shape
-            free = math.prod(n for i, n in enumerate(left) if i not in (*contract, *batched))
+            free = math.prod(
+                n for i, n in enumerate(left) if i not in (*contract, *batched)
+            )
             # A row of ones times a matrix is how a bias's gradient is summed.
             if bool(batched) == attention and free > 1:
-                total += 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[i] for i in contract)
+                total += (
+                    2.0
+                    * math.prod(equation.outvars[0].aval.shape)
+                    * math.prod(left[i] for i in contract)
+                )
         times = equation.params["length"] if equation.primitive.name == "scan" else 1
-        total += times * sum(dot_flops(inner, attention=attention) for inner in jaxprs_in_params(equation.params))
+        total += times * sum(
+            dot_flops(inner, attention=attention)
+            for inner in jaxprs_in_params(equation.params)
+        )
     return total
 
 
 @by_family
 @pytest.mark.parametrize("kernel", ["auto", "xla"])
-def test_flops_per_token_counts_the_products_of_a_step(family: str, kernel: str) -> None:
+def test_flops_per_token_counts_the_products_of_a_step(
+    family: str, kernel: str
+) -> None:
     cfg = FAMILIES[family]
     step = jax.grad(mean_loss(cfg, attention=kernel))
-    jaxpr = jax.make_jaxpr(step)(parameters(family), {"inputs": batch()["inputs"]}).jaxpr
+    jaxpr = jax.make_jaxpr(step)(
+        parameters(family), {"inputs": batch()["inputs"]}
+    ).jaxpr
     # Of the scores the formula counts the causal half.
     counted = dot_flops(jaxpr, attention=False) + dot_flops(jaxpr, attention=True) / 2
     assert counted / (B * T) == pytest.approx(cfg.flops_per_token(T), rel=0.01)
 
 
 @pytest.mark.parametrize("name", list(NAMED))
-def test_flops_per_token_is_about_six_per_parameter_and_grows_with_the_sequence(name: str) -> None:
+def test_flops_per_token_is_about_six_per_parameter_and_grows_with_the_sequence(
+    name: str,
+) -> None:
     cfg, parameters = NAMED[name]
     assert 0.75 * 6 * parameters < cfg.flops_per_token(1) < 1.05 * 6 * parameters
     assert cfg.flops_per_token(2048) > cfg.flops_per_token(1024) > 0
@@ -311,7 +386,13 @@ def test_initial_parameters_have_the_published_spread(family: str) -> None:
         elif name == "scale":
             assert np.all(leaf == 1), path
         else:
-            std = RESIDUAL_STD[family] if name in ("wo", "w_down") else 0.01 if name == "positions" else 0.02
+            std = (
+                RESIDUAL_STD[family]
+                if name in ("wo", "w_down")
+                else 0.01
+                if name == "positions"
+                else 0.02
+            )
             assert np.std(leaf) == pytest.approx(std, rel=0.1), path
             assert abs(np.mean(leaf)) < 0.15 * std, path
             assert len(np.unique(layers[:, 0])) == len(layers), path
@@ -325,7 +406,9 @@ def test_initial_loss_is_that_of_a_uniform_guess(family: str) -> None:
 
 @by_family
 def test_seed_decides_the_parameters(family: str) -> None:
-    first, again, other = (initialiser(family)(jax.random.key(seed))["embed"] for seed in (0, 0, 1))
+    first, again, other = (
+        initialiser(family)(jax.random.key(seed))["embed"] for seed in (0, 0, 1)
+    )
     np.testing.assert_array_equal(first, again)
     assert np.any(first != other)
 
@@ -334,7 +417,10 @@ def test_grouped_query_model_equals_one_with_repeated_heads() -> None:
     grouped, params = FAMILIES["llama"], parameters("llama")
     whole = dataclasses.replace(grouped, num_kv_heads=grouped.num_heads)
     attn = params["layers"]["block"]["attn"]
-    repeated = {n: np.repeat(attn[n], grouped.num_heads // grouped.num_kv_heads, axis=2) for n in ("wk", "wv")}
+    repeated = {
+        n: np.repeat(attn[n], grouped.num_heads // grouped.num_kv_heads, axis=2)
+        for n in ("wk", "wv")
+    }
     block = {**params["layers"]["block"], "attn": {**attn, **repeated}}
     wide = {**params, "layers": {"block": block}}
     assert_trees_close(jax.jit(mean_loss(whole))(wide, batch()), gradients("llama")[0])
@@ -354,18 +440,31 @@ def test_tied_model_equals_an_untied_one_with_the_same_matrix_twice() -> None:
 
 def test_sequence_longer_than_learned_positions_is_refused() -> None:
     inputs = jax.ShapeDtypeStruct((B, T + 1), jnp.int32)
-    with pytest.raises(ValueError, match=f"{T + 1} tokens; the model has {T} positions; raise model.max_seq_len"):
+    with pytest.raises(
+        ValueError,
+        match=f"{T + 1} tokens; the model has {T} positions; raise model.max_seq_len",
+    ):
         jax.eval_shape(apply(FAMILIES["gpt2"]), parameters("gpt2"), inputs)
 
 
 @pytest.mark.parametrize(
     ("cls", "values", "message"),
     [
-        (gpt2.Config, {"d_model": 33, "num_heads": 4}, "model.d_model=33 does not divide by model.num_heads=4; nearest legal: 32"),
-        (llama.Config, {"num_heads": 4, "num_kv_heads": 3}, "model.num_heads=4 does not divide by model.num_kv_heads=3"),
+        (
+            gpt2.Config,
+            {"d_model": 33, "num_heads": 4},
+            "model.d_model=33 does not divide by model.num_heads=4; nearest legal: 32",
+        ),
+        (
+            llama.Config,
+            {"num_heads": 4, "num_kv_heads": 3},
+            "model.num_heads=4 does not divide by model.num_kv_heads=3",
+        ),
         (llama.Config, {"head_dim": 7}, "model.head_dim=7 is odd"),
     ],
 )
-def test_sizes_that_do_not_fit_are_refused(cls: Any, values: dict[str, int], message: str) -> None:
+def test_sizes_that_do_not_fit_are_refused(
+    cls: Any, values: dict[str, int], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         cls(**values)

@@ -18,7 +18,9 @@ TABLE = RNG.normal(size=(11, 4)).astype(np.float32)
 def test_embed_equals_indexing_with_gradient(shape: tuple[int, ...]) -> None:
     ids = RNG.integers(0, 11, shape).astype(np.int32)
     g = RNG.normal(size=(*shape, 4)).astype(np.float32)
-    rows, pull = jax.vjp(lambda table: embed(table, jnp.asarray(ids)), jnp.asarray(TABLE))
+    rows, pull = jax.vjp(
+        lambda table: embed(table, jnp.asarray(ids)), jnp.asarray(TABLE)
+    )
     np.testing.assert_array_equal(rows, TABLE[ids])
     expected = np.zeros_like(TABLE)
     np.add.at(expected, ids, g)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The matrix product equals einsum, values and gradients, and sums in float32 whatever it multiplies."""
+"""The product equals einsum, with gradients, and sums in float32 whatever it multiplies."""
 
 from typing import Any
 
@@ -46,9 +46,15 @@ def oracle(x: Any, w: Any, bias: Any, g: Any, contract: int) -> list[np.ndarray]
 @pytest.mark.parametrize(
     ("case", "biased", "compute"),
     [(case, biased, "float32") for case in CASES for biased in (False, True)]
-    + [(case, True, compute) for case in ("heads out", "heads in") for compute in ("bfloat16", "float16")],
+    + [
+        (case, True, compute)
+        for case in ("heads out", "heads in")
+        for compute in ("bfloat16", "float16")
+    ],
 )
-def test_linear_equals_tensordot_with_gradients(case: str, biased: bool, compute: str) -> None:
+def test_linear_equals_tensordot_with_gradients(
+    case: str, biased: bool, compute: str
+) -> None:
     x, w, bias, g, contract = arrays(case)
     args = (x, w, bias) if biased else (x, w)
 
@@ -62,11 +68,15 @@ def test_linear_equals_tensordot_with_gradients(case: str, biased: bool, compute
     expected = oracle(x, w, bias if biased else np.zeros_like(bias), g, contract)
     for result, exact in zip(results, expected, strict=False):
         assert result.dtype == jnp.float32
-        np.testing.assert_allclose(result, exact, rtol=0, atol=COMPUTE[compute] * np.abs(exact).max())
+        np.testing.assert_allclose(
+            result, exact, rtol=0, atol=COMPUTE[compute] * np.abs(exact).max()
+        )
 
 
 @pytest.mark.parametrize("biased", [False, True])
-def test_dtypes_follow_the_ambient_settings_and_weights_keep_float32_gradients(biased: bool) -> None:
+def test_dtypes_follow_the_ambient_settings_and_weights_keep_float32_gradients(
+    biased: bool,
+) -> None:
     x, w, bias, _, contract = arrays("batch")
     x = x.astype(jnp.bfloat16)
     args = (x, w, bias) if biased else (x, w)
@@ -105,7 +115,9 @@ def test_empty_batch_gives_an_empty_result() -> None:
 def test_dot_contracts_the_dims_it_is_told(contracting: tuple[int, int]) -> None:
     a, b = RNG.normal(size=(2, 4, 4)).astype(np.float32)
     expected = np.tensordot(a, b, axes=(contracting[0], contracting[1]))
-    np.testing.assert_allclose(dot(jnp.asarray(a), jnp.asarray(b), contracting), expected, rtol=1e-5)
+    np.testing.assert_allclose(
+        dot(jnp.asarray(a), jnp.asarray(b), contracting), expected, rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -113,4 +125,6 @@ def test_sum_rows_is_a_float32_sum(dtype: Any) -> None:
     g = jnp.asarray(RNG.normal(size=(33, 5)), dtype)
     rows = sum_rows(g)
     assert rows.dtype == jnp.float32
-    np.testing.assert_allclose(rows, np.asarray(g, np.float64).sum(0), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        rows, np.asarray(g, np.float64).sum(0), rtol=1e-5, atol=1e-6
+    )

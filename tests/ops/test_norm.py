@@ -18,7 +18,11 @@ EPS = 1e-5
 
 def rms(x: Any, scale: Any, bias: Any) -> Any:
     del bias
-    return x / jnp.sqrt(jnp.mean(x * x, -1, keepdims=True) + EPS) * jnp.broadcast_to(scale, x.shape)
+    return (
+        x
+        / jnp.sqrt(jnp.mean(x * x, -1, keepdims=True) + EPS)
+        * jnp.broadcast_to(scale, x.shape)
+    )
 
 
 def layer(x: Any, scale: Any, bias: Any) -> Any:
@@ -49,7 +53,9 @@ def with_gradients(f: Any, args: Any, g: jax.Array) -> Any:
 
 @pytest.mark.parametrize("shape", [(7,), (3, 8), (2, 3, 5)])
 @pytest.mark.parametrize("norm", list(NORMS))
-def test_norm_equals_its_formula_with_gradients(norm: str, shape: tuple[int, ...]) -> None:
+def test_norm_equals_its_formula_with_gradients(
+    norm: str, shape: tuple[int, ...]
+) -> None:
     ours_fn, theirs_fn = NORMS[norm]
     *args, g = arrays(shape)
     ours, our_gradients = with_gradients(ours_fn, args, g)

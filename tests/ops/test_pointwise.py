@@ -34,13 +34,19 @@ def test_gelu_equals_the_tanh_formula_with_gradient() -> None:
 def test_silu_gate_equals_its_formula_with_gradients() -> None:
     silu = lambda x: x / (1 + np.exp(-x))
     up = np.flip(X) / 3
-    np.testing.assert_allclose(silu_gate(jnp.asarray(X), jnp.asarray(up)), silu(X) * up, atol=1e-5)
+    np.testing.assert_allclose(
+        silu_gate(jnp.asarray(X), jnp.asarray(up)), silu(X) * up, atol=1e-5
+    )
     d_gate, d_up = jax.jit(jax.vmap(jax.grad(silu_gate, argnums=(0, 1))))(X, up)
-    np.testing.assert_allclose(d_gate, numeric(silu, X.astype(np.float64)) * up, atol=1e-5)
+    np.testing.assert_allclose(
+        d_gate, numeric(silu, X.astype(np.float64)) * up, atol=1e-5
+    )
     np.testing.assert_allclose(d_up, silu(X), atol=1e-5)
 
 
-def drop(rate: float, key: int = 0, site: int = 0, shape: tuple[int, ...] = (64, 64)) -> jax.Array:
+def drop(
+    rate: float, key: int = 0, site: int = 0, shape: tuple[int, ...] = (64, 64)
+) -> jax.Array:
     with ambient(dropout_key=jax.random.key(key)):
         return dropout(jnp.ones(shape), rate, site)
 
@@ -61,7 +67,12 @@ def test_dropout_zeroes_its_share_and_keeps_the_mean(rate: float) -> None:
 
 
 def test_dropout_repeats_for_a_key_and_differs_between_keys_and_sites() -> None:
-    same, again, other_key, other_site = drop(0.5), drop(0.5), drop(0.5, key=1), drop(0.5, site=1)
+    same, again, other_key, other_site = (
+        drop(0.5),
+        drop(0.5),
+        drop(0.5, key=1),
+        drop(0.5, site=1),
+    )
     assert jnp.array_equal(same, again)
     for other in (other_key, other_site):
         assert float(jnp.mean(same == other)) == pytest.approx(0.5, abs=0.05)

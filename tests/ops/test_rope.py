@@ -2,6 +2,7 @@
 """Rotary embedding is a rotation of complex numbers, and products depend on distance only."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,7 @@ def oracle(x: np.ndarray, positions: np.ndarray, theta: float) -> np.ndarray:
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def turn(x: jax.typing.ArrayLike, positions: jax.typing.ArrayLike, theta: float) -> jax.Array:
+def turn(x: Any, positions: Any, theta: float) -> jax.Array:
     return rotate(x, positions, theta=theta)
 
 
@@ -43,7 +44,9 @@ def test_rotation_equals_complex_multiplication(theta: float, start: int) -> Non
     x, at = heads(), positions(start=start)
     y = turn(x, at, theta)
     # A float32 angle of thousands of radians is good to 2e-4.
-    np.testing.assert_allclose(y, oracle(x, at, theta), atol=1e-5 if start < 100 else 2e-3)
+    np.testing.assert_allclose(
+        y, oracle(x, at, theta), atol=1e-5 if start < 100 else 2e-3
+    )
 
 
 def test_gradient_is_the_inverse_rotation() -> None:
