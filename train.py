@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trains a recipe: `python train.py configs/tiny.py [--steps N --zero.stage 2 ...] [--deepspeed ds_config.json]`."""
+"""Trains a recipe.
+
+python train.py configs/tiny.py [--steps N --zero.stage 2 ...] [--deepspeed ds_config.json]
+"""
 
 import sys
 

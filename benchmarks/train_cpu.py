@@ -27,7 +27,14 @@ def main() -> None:
     launch.keep_freed_memory()
     import jax
 
-    from jaxspeed.config import DTypeConfig, MeshConfig, OptimConfig, RunConfig, ScheduleConfig, ZeroConfig
+    from jaxspeed.config import (
+        DTypeConfig,
+        MeshConfig,
+        OptimConfig,
+        RunConfig,
+        ScheduleConfig,
+        ZeroConfig,
+    )
     from jaxspeed.program import build_program
     from models.gpt2 import Config
 
@@ -48,7 +55,9 @@ def main() -> None:
     if args.npz:
         dump = np.load(args.npz)
         inputs = dump["ids"].astype(np.int32)
-        state["params"] = jax.tree.map(jax.device_put, _from_hugging_face(dump, args), program.shardings["params"])
+        state["params"] = jax.tree.map(
+            jax.device_put, _from_hugging_face(dump, args), program.shardings["params"]
+        )
     step = program.lower_step(["inputs"]).compile()
     if args.hlo:
         with open(args.hlo, "w") as file:
@@ -75,8 +84,22 @@ def main() -> None:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    sizes = {"vocab": 8192, "layers": 6, "heads": 6, "dim": 384, "seq": 256, "batch": 8, "warmup": 2, "steps": 8, "devices": 1, "accumulate": 1, "stage": 0}
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    sizes = {
+        "vocab": 8192,
+        "layers": 6,
+        "heads": 6,
+        "dim": 384,
+        "seq": 256,
+        "batch": 8,
+        "warmup": 2,
+        "steps": 8,
+        "devices": 1,
+        "accumulate": 1,
+        "stage": 0,
+    }
     for name, size in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=size)
     parser.add_argument("--bf16", action="store_true")
@@ -97,14 +120,35 @@ def _from_hugging_face(dump: "np.lib.npyio.NpzFile", args: argparse.Namespace) -
     wq, wk, wv = (x.reshape(-1, D, N, H) for x in np.split(qkv, 3, -1))
     bq, bk, bv = (x.reshape(-1, N, H) for x in np.split(bias, 3, -1))
     attn = {"wq": wq, "wk": wk, "wv": wv, "bq": bq, "bk": bk, "bv": bv}
-    attn |= {"wo": stack("attn.c_proj.weight").reshape(-1, N, H, D), "bo": stack("attn.c_proj.bias")}
-    mlp = {"w_up": stack("mlp.c_fc.weight"), "b_up": stack("mlp.c_fc.bias"), "w_down": stack("mlp.c_proj.weight"), "b_down": stack("mlp.c_proj.bias")}
-    norm = lambda name: {"scale": stack(f"{name}.weight"), "bias": stack(f"{name}.bias")}
+    attn |= {
+        "wo": stack("attn.c_proj.weight").reshape(-1, N, H, D),
+        "bo": stack("attn.c_proj.bias"),
+    }
+    mlp = {
+        "w_up": stack("mlp.c_fc.weight"),
+        "b_up": stack("mlp.c_fc.bias"),
+        "w_down": stack("mlp.c_proj.weight"),
+        "b_down": stack("mlp.c_proj.bias"),
+    }
+    norm = lambda name: {
+        "scale": stack(f"{name}.weight"),
+        "bias": stack(f"{name}.bias"),
+    }
     return {
         "embed": dump["transformer.wte.weight"],
         "positions": dump["transformer.wpe.weight"],
-        "final_norm": {"scale": dump["transformer.ln_f.weight"], "bias": dump["transformer.ln_f.bias"]},
-        "layers": {"block": {"attn": attn, "mlp": mlp, "attn_norm": norm("ln_1"), "mlp_norm": norm("ln_2")}},
+        "final_norm": {
+            "scale": dump["transformer.ln_f.weight"],
+            "bias": dump["transformer.ln_f.bias"],
+        },
+        "layers": {
+            "block": {
+                "attn": attn,
+                "mlp": mlp,
+                "attn_norm": norm("ln_1"),
+                "mlp_norm": norm("ln_2"),
+            }
+        },
     }
 
 

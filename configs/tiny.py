@@ -21,7 +21,9 @@ from models.gpt2 import Config
 def config() -> RunConfig:
     """Returns the recipe."""
     return RunConfig(
-        model=Config(vocab_size=264, max_seq_len=128, num_layers=4, num_heads=4, d_model=128),
+        model=Config(
+            vocab_size=264, max_seq_len=128, num_layers=4, num_heads=4, d_model=128
+        ),
         steps=400,
         seq_len=128,
         global_batch_size=32,

@@ -37,7 +37,9 @@ class Ambient:
     """None: no dropout."""
 
 
-_CURRENT: contextvars.ContextVar[Ambient] = contextvars.ContextVar("ambient", default=Ambient())
+_CURRENT: contextvars.ContextVar[Ambient] = contextvars.ContextVar(
+    "ambient", default=Ambient()
+)
 
 
 def current() -> Ambient:

@@ -66,18 +66,34 @@ def train(argv: Sequence[str]) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs `jaxspeed`; returns its exit code."""
-    parser = argparse.ArgumentParser(prog="jaxspeed", description="Tools around training runs; training itself is train.py.")
+    parser = argparse.ArgumentParser(
+        prog="jaxspeed",
+        description="Tools around training runs; training itself is train.py.",
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    config = commands.add_parser("config", help="what becomes of a DeepSpeed JSON, key by key")
+    config = commands.add_parser(
+        "config", help="what becomes of a DeepSpeed JSON, key by key"
+    )
     config.add_argument("action", choices=["explain"])
-    config.add_argument("file", help="for example: jaxspeed config explain ds_config.json")
-    config.add_argument("--json", action="store_true", help='a list of {"key", "status", "to", "why"}')
-    doctor = commands.add_parser("doctor", help="devices, versions, what works here and how to get what is missing")
+    config.add_argument(
+        "file", help="for example: jaxspeed config explain ds_config.json"
+    )
+    config.add_argument(
+        "--json", action="store_true", help='a list of {"key", "status", "to", "why"}'
+    )
+    doctor = commands.add_parser(
+        "doctor",
+        help="devices, versions, what works here and how to get what is missing",
+    )
     doctor.add_argument("--json", action="store_true")
     report = commands.add_parser("report", help="write report.html of a run again")
     report.add_argument("run", help="for example: jaxspeed report runs/tiny")
     args = parser.parse_args(argv)
-    actions: dict[str, Callable[[argparse.Namespace], int]] = {"config": _explain, "doctor": _doctor, "report": _report}
+    actions: dict[str, Callable[[argparse.Namespace], int]] = {
+        "config": _explain,
+        "doctor": _doctor,
+        "report": _report,
+    }
     return _guarded(lambda: actions[args.command](args))
 
 
@@ -90,7 +106,9 @@ def load_recipe(path: str) -> RunConfig:
     file = Path(path)
     if file.suffix != ".py" or not file.is_file():
         known = [str(p) for p in sorted(Path("configs").rglob("*.py"))]
-        raise ConfigError(f"recipe {path!r}: no such Python file; give one of {known or 'your own'} as the first argument.{suggest(path, known)}")
+        raise ConfigError(
+            f"recipe {path!r}: no such Python file; give one of {known or 'your own'} as the first argument.{suggest(path, known)}"
+        )
     for root in (str(Path.cwd()), str(file.resolve().parent)):
         if root not in sys.path:
             sys.path.insert(0, root)
@@ -103,9 +121,13 @@ def load_recipe(path: str) -> RunConfig:
     except ConfigError:
         raise
     except Exception as error:  # a recipe is a program: it may raise anything
-        raise ConfigError(f"recipe {path!r}: {_place(error, file)}{type(error).__name__}: {error}") from error
+        raise ConfigError(
+            f"recipe {path!r}: {_place(error, file)}{type(error).__name__}: {error}"
+        ) from error
     if not isinstance(run, RunConfig):
-        raise ConfigError(f"recipe {path!r}: it must define config() and return a RunConfig, not {type(run).__name__}")
+        raise ConfigError(
+            f"recipe {path!r}: it must define config() and return a RunConfig, not {type(run).__name__}"
+        )
     return run
 
 
@@ -120,8 +142,14 @@ def override(run: RunConfig, flags: Sequence[str], *, prog: str) -> RunConfig:
     known = ["--help", *("--" + name for name in _fields(run))]
     for flag in flags:
         name = flag.split("=")[0]
-        if name.startswith("--") and name not in known and name.replace("-", "_").replace("__", "--", 1) not in known:
-            raise ConfigError(f"{name}: no such field.{suggest(name, known)} `{prog} --help` lists all")
+        if (
+            name.startswith("--")
+            and name not in known
+            and name.replace("-", "_").replace("__", "--", 1) not in known
+        ):
+            raise ConfigError(
+                f"{name}: no such field.{suggest(name, known)} `{prog} --help` lists all"
+            )
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
@@ -134,7 +162,9 @@ def override(run: RunConfig, flags: Sequence[str], *, prog: str) -> RunConfig:
             raise
         raise ConfigError(_complaint(said.getvalue(), prog)) from None
     except (ArithmeticError, LookupError, TypeError) as error:
-        raise ConfigError(f"command line: {_place(error)}{type(error).__name__}: {error}") from error
+        raise ConfigError(
+            f"command line: {_place(error)}{type(error).__name__}: {error}"
+        ) from error
 
 
 def _train(argv: Sequence[str]) -> int:
@@ -168,7 +198,12 @@ def _train(argv: Sequence[str]) -> int:
 def _explain(args: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from jaxspeed.deepspeed_json import answers_json, answers_table, explain, load_deepspeed_json
+    from jaxspeed.deepspeed_json import (
+        answers_json,
+        answers_table,
+        explain,
+        load_deepspeed_json,
+    )
 
     answers = explain(load_deepspeed_json(args.file))
     if args.json:
@@ -185,7 +220,9 @@ def _doctor(args: argparse.Namespace) -> int:
     from jaxspeed.doctor import examine, show
 
     findings = examine()
-    sys.stdout.write(json.dumps(findings, indent=1) + "\n") if args.json else show(findings)
+    sys.stdout.write(json.dumps(findings, indent=1) + "\n") if args.json else show(
+        findings
+    )
     return 0
 
 
@@ -196,7 +233,9 @@ def _report(args: argparse.Namespace) -> int:
     return 0
 
 
-def _guarded(action: Callable[[], int], leave: Callable[[int], None] = lambda code: None) -> int:
+def _guarded(
+    action: Callable[[], int], leave: Callable[[int], None] = lambda code: None
+) -> int:
     """Returns the action's exit code, or what its failure stands for; then first calls `leave`.
 
     What the user can mend is one line on stderr and code 2.
@@ -208,13 +247,17 @@ def _guarded(action: Callable[[], int], leave: Callable[[int], None] = lambda co
         code = 2
     except KeyboardInterrupt as stop:
         number = stop.args[0] if stop.args else signal.SIGINT
-        sys.stderr.write(f"stopped at once by {signal.Signals(number).name}; what was saved before is whole\n")
+        sys.stderr.write(
+            f"stopped at once by {signal.Signals(number).name}; what was saved before is whole\n"
+        )
         code = 128 + number
     except BrokenPipeError:
         # Nobody reads on (`| head`); without this the interpreter complains when it ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 128 + signal.SIGPIPE
-    except Exception:  # a defect: shown in full, but as one of several processes still left by
+    except (
+        Exception
+    ):  # a defect: shown in full, but as one of several processes still left by
         traceback.print_exc()
         code = 1
     leave(code)
@@ -248,13 +291,18 @@ def _shown_log() -> Iterator[None]:
         said.add(record.getMessage())
         return new and record.levelno < logging.WARNING
 
-    plain, warnings = logging.StreamHandler(sys.stdout), logging.StreamHandler(sys.stderr)
+    plain, warnings = (
+        logging.StreamHandler(sys.stdout),
+        logging.StreamHandler(sys.stderr),
+    )
     plain.addFilter(plain_and_new)
     warnings.setLevel(logging.WARNING)
     library = logging.getLogger("jaxspeed")
     before = library.level, library.propagate
     library.setLevel(logging.INFO if jax.process_index() == 0 else logging.WARNING)
-    library.propagate = False  # some package that we import gives the root logger a handler
+    library.propagate = (
+        False  # some package that we import gives the root logger a handler
+    )
     for handler in (plain, warnings):
         library.addHandler(handler)
     try:
@@ -279,14 +327,23 @@ def _complaint(text: str, prog: str) -> str:
 
 COMPLAINTS = (
     (r" (Argument helptext|For full helptext).*", ""),
-    (r"^(Value error|Invalid choice|Missing argument|Unrecognized options|Parsing error) (?=\S)", ""),
+    (
+        r"^(Value error|Invalid choice|Missing argument|Unrecognized options|Parsing error) (?=\S)",
+        "",
+    ),
     (r"^Error parsing (--\S+): ", r"\1: "),
     (r"invalid literal for int\(\) with base 10: ('.*')", r"\1 is not a whole number"),
     (r"could not convert string to float: ('.*')", r"\1 is not a number"),
-    (r"no type matching (\S+) could be instantiated from \[(.*?)\]\..*", r"\2 is not \1"),
+    (
+        r"no type matching (\S+) could be instantiated from \[(.*?)\]\..*",
+        r"\2 is not \1",
+    ),
     (r"Could not find valid parse for arguments: ", "cannot read "),
     (r"^invalid choice ('.*') for argument '(.*?)'\. Expected", r"\2: \1 is not"),
-    (r"^Missing value for argument '(.*?)'\. Expected (\d+) values?\.", r"\1: it wants a value"),
+    (
+        r"^Missing value for argument '(.*?)'\. Expected (\d+) values?\.",
+        r"\1: it wants a value",
+    ),
     (r"^Unrecognized options: ", "not understood: "),
 )
 """What tyro's words become: (pattern, replacement), in this order."""
@@ -298,9 +355,15 @@ def _place(error: BaseException, file: Path | None = None) -> str:
         return f"line {error.lineno}: "
     frames = traceback.extract_tb(error.__traceback__)
     if file is not None:
-        lines = [frame.lineno for frame in frames if Path(frame.filename).resolve() == file.resolve()]
+        lines = [
+            frame.lineno
+            for frame in frames
+            if Path(frame.filename).resolve() == file.resolve()
+        ]
         return f"line {lines[-1]}: " if lines else ""
-    return f"{Path(frames[-1].filename).name} line {frames[-1].lineno}: " if frames else ""
+    return (
+        f"{Path(frames[-1].filename).name} line {frames[-1].lineno}: " if frames else ""
+    )
 
 
 def _take(flags: list[str], name: str) -> tuple[str | None, list[str]]:
@@ -320,5 +383,9 @@ def _fields(config: Any, prefix: str = "") -> list[str]:
     names = []
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
-        names += _fields(value, f"{prefix}{f.name}.") if dataclasses.is_dataclass(value) else [prefix + f.name]
+        names += (
+            _fields(value, f"{prefix}{f.name}.")
+            if dataclasses.is_dataclass(value)
+            else [prefix + f.name]
+        )
     return names

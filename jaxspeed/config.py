@@ -47,17 +47,33 @@ def _check_types(config: Any, where: str) -> None:
         name, value = f"{where}.{f.name}".lstrip("."), getattr(config, f.name)
         if get_origin(f.type) is Literal:
             legal = get_args(f.type)
-            if not any(value == choice and type(value) is type(choice) for choice in legal):
-                raise ConfigError(f"{name}={value!r}: unknown; give one of {list(legal)}.{suggest(str(value), map(str, legal))}")
+            if not any(
+                value == choice and type(value) is type(choice) for choice in legal
+            ):
+                raise ConfigError(
+                    f"{name}={value!r}: unknown; give one of {list(legal)}.{suggest(str(value), map(str, legal))}"
+                )
         elif not isinstance(f.type, TypeVar) and not _is_of_type(value, f.type):
-            wanted = f.type.__name__ if isinstance(f.type, type) and not get_args(f.type) else str(f.type)
-            change = f"write ({value!r},)" if get_origin(f.type) is tuple and isinstance(value, str) else f"give {wanted}"
-            raise config_error(name, value, f"{type(value).__name__} where {wanted} is due", change)
+            wanted = (
+                f.type.__name__
+                if isinstance(f.type, type) and not get_args(f.type)
+                else str(f.type)
+            )
+            change = (
+                f"write ({value!r},)"
+                if get_origin(f.type) is tuple and isinstance(value, str)
+                else f"give {wanted}"
+            )
+            raise config_error(
+                name, value, f"{type(value).__name__} where {wanted} is due", change
+            )
 
 
 def _is_of_type(value: Any, annotation: Any) -> bool:
     if get_origin(annotation) is tuple:
-        return isinstance(value, tuple) and all(_is_of_type(item, get_args(annotation)[0]) for item in value)
+        return isinstance(value, tuple) and all(
+            _is_of_type(item, get_args(annotation)[0]) for item in value
+        )
     if isinstance(annotation, UnionType):
         return any(_is_of_type(value, choice) for choice in get_args(annotation))
     if annotation is float:
@@ -87,7 +103,12 @@ class MeshConfig:
         sizes = {axis: getattr(self, axis) for axis in MESH_AXES}
         for axis, size in sizes.items():
             if size == 0 or size < -1:
-                raise config_error(f"mesh.{axis}", size, "an axis size is at least 1", "give 1 or more, or -1 for the rest")
+                raise config_error(
+                    f"mesh.{axis}",
+                    size,
+                    "an axis size is at least 1",
+                    "give 1 or more, or -1 for the rest",
+                )
         if sum(size == -1 for size in sizes.values()) > 1:
             raise ConfigError(
                 f"mesh: {[a for a, s in sizes.items() if s == -1]} are both -1, so neither is determined; "
@@ -109,7 +130,10 @@ class MeshConfig:
                     f"mesh: {text} needs a multiple of {fixed} devices but there are {device_count}; "
                     f"shrink an axis, or run with {fixed * max(1, device_count // fixed)} devices"
                 )
-            return {axis: device_count // fixed if size == -1 else size for axis, size in sizes.items()}
+            return {
+                axis: device_count // fixed if size == -1 else size
+                for axis, size in sizes.items()
+            }
         if fixed != device_count:
             raise ConfigError(
                 f"mesh: {text} asks for {fixed} devices but there are {device_count}; "
@@ -129,7 +153,11 @@ class ZeroConfig:
 
     def __post_init__(self) -> None:
         _check_types(self, "zero")
-        _positive("zero.param_persistence_threshold", self.param_persistence_threshold, allow_zero=True)
+        _positive(
+            "zero.param_persistence_threshold",
+            self.param_persistence_threshold,
+            allow_zero=True,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,10 +199,17 @@ class LossScaleConfig:
         _positive("loss_scale.hysteresis", self.hysteresis)
         _positive("loss_scale.minimum", self.minimum)
         if not 0 <= self.initial_power <= 32:
-            raise config_error("loss_scale.initial_power", self.initial_power, "the scale must fit float32 with room to grow", "give 0 to 32")
+            raise config_error(
+                "loss_scale.initial_power",
+                self.initial_power,
+                "the scale must fit float32 with room to grow",
+                "give 0 to 32",
+            )
 
 
-OptimizerName = Literal["adam", "adamw", "sgd", "lion", "lamb", "adagrad", "adafactor", "muon"]
+OptimizerName = Literal[
+    "adam", "adamw", "sgd", "lion", "lamb", "adagrad", "adafactor", "muon"
+]
 
 OPTIMIZER_FIELDS: Mapping[str, frozenset[str]] = {
     "adam": frozenset({"b1", "b2", "eps", "bias_correction"}),
@@ -184,7 +219,9 @@ OPTIMIZER_FIELDS: Mapping[str, frozenset[str]] = {
     "lamb": frozenset({"b1", "b2", "eps", "bias_correction", "min_coeff", "max_coeff"}),
     "adagrad": frozenset({"eps"}),
     "adafactor": frozenset(),
-    "muon": frozenset({"b1", "b2", "eps", "momentum", "nesterov", "muon_lr", "ns_steps"}),
+    "muon": frozenset(
+        {"b1", "b2", "eps", "momentum", "nesterov", "muon_lr", "ns_steps"}
+    ),
 }
 """What each optimizer reads, beyond lr, weight_decay, decay and clip_norm."""
 
@@ -226,31 +263,67 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         _check_types(self, "optim")
-        for name in ("lr", "weight_decay", "clip_norm", "eps", "muon_lr", "min_coeff", "max_coeff"):
+        for name in (
+            "lr",
+            "weight_decay",
+            "clip_norm",
+            "eps",
+            "muon_lr",
+            "min_coeff",
+            "max_coeff",
+        ):
             _positive(f"optim.{name}", getattr(self, name), allow_zero=True)
         _positive("optim.ns_steps", self.ns_steps)
         for name in ("b1", "b2", "momentum"):
             if not 0 <= getattr(self, name) < 1:
-                raise config_error(f"optim.{name}", getattr(self, name), "a decay lies in [0, 1)", "give 0 <= value < 1")
+                raise config_error(
+                    f"optim.{name}",
+                    getattr(self, name),
+                    "a decay lies in [0, 1)",
+                    "give 0 <= value < 1",
+                )
         always = {"name", "lr", "weight_decay", "decay", "clip_norm"}
         _reject_unread(self, "optim", always | OPTIMIZER_FIELDS[self.name])
 
 
-ScheduleName = Literal["constant", "cosine", "warmup", "warmup_decay", "warmup_cosine", "one_cycle", "lr_range_test"]
+ScheduleName = Literal[
+    "constant",
+    "cosine",
+    "warmup",
+    "warmup_decay",
+    "warmup_cosine",
+    "one_cycle",
+    "lr_range_test",
+]
 
 SCHEDULE_FIELDS: Mapping[str, frozenset[str]] = {
     "constant": frozenset({"warmup_steps"}),
     "cosine": frozenset({"warmup_steps", "total_steps", "min_ratio"}),
     "warmup": frozenset({"warmup_steps", "warmup_shape", "warmup_min_lr"}),
-    "warmup_decay": frozenset({"warmup_steps", "warmup_shape", "warmup_min_lr", "total_steps"}),
-    "warmup_cosine": frozenset({"warmup_steps", "warmup_shape", "warmup_min_ratio", "total_steps", "min_ratio"}),
+    "warmup_decay": frozenset(
+        {"warmup_steps", "warmup_shape", "warmup_min_lr", "total_steps"}
+    ),
+    "warmup_cosine": frozenset(
+        {"warmup_steps", "warmup_shape", "warmup_min_ratio", "total_steps", "min_ratio"}
+    ),
     "one_cycle": frozenset(
         {
-            "cycle_min_lr", "cycle_first_steps", "cycle_second_steps", "cycle_first_stairs", "cycle_second_stairs",
-            "decay_steps", "decay_lr_rate", "cycle_momentum", "cycle_min_momentum", "cycle_max_momentum", "decay_momentum_rate",
+            "cycle_min_lr",
+            "cycle_first_steps",
+            "cycle_second_steps",
+            "cycle_first_stairs",
+            "cycle_second_stairs",
+            "decay_steps",
+            "decay_lr_rate",
+            "cycle_momentum",
+            "cycle_min_momentum",
+            "cycle_max_momentum",
+            "decay_momentum_rate",
         }
     ),
-    "lr_range_test": frozenset({"range_min_lr", "range_step_size", "range_step_rate", "range_staircase"}),
+    "lr_range_test": frozenset(
+        {"range_min_lr", "range_step_size", "range_step_rate", "range_staircase"}
+    ),
 }
 """What each schedule reads."""  # fmt: skip
 
@@ -346,13 +419,28 @@ class DataConfig:
     def __post_init__(self) -> None:
         _check_types(self, "data")
         if not self.path:
-            raise config_error("data.path", self.path, "there is nothing to read", "give a file, a folder, tfds:NAME or shakespeare")
+            raise config_error(
+                "data.path",
+                self.path,
+                "there is nothing to read",
+                "give a file, a folder, tfds:NAME or shakespeare",
+            )
         if self.weights and len(self.weights) != len(self.path):
-            raise config_error("data.weights", self.weights, f"there are {len(self.path)} paths", "give one weight per path, or none")
+            raise config_error(
+                "data.weights",
+                self.weights,
+                f"there are {len(self.path)} paths",
+                "give one weight per path, or none",
+            )
         for weight in self.weights:
             _positive("data.weights", weight)
         if not 0 < self.eval_fraction < 1:
-            raise config_error("data.eval_fraction", self.eval_fraction, "a share lies between 0 and 1", "give for instance 0.05")
+            raise config_error(
+                "data.eval_fraction",
+                self.eval_fraction,
+                "a share lies between 0 and 1",
+                "give for instance 0.05",
+            )
         _positive("data.prefetch", self.prefetch)
 
 
@@ -476,14 +564,35 @@ class RunConfig(Generic[M]):
         sizes = self.mesh.sizes(device_count)
         limit = getattr(self.model, "max_seq_len", self.seq_len)
         if self.seq_len > limit:
-            raise config_error("seq_len", self.seq_len, f"the model has {limit} positions", f"give --seq_len {limit} or less, or a larger model.max_seq_len")
+            raise config_error(
+                "seq_len",
+                self.seq_len,
+                f"the model has {limit} positions",
+                f"give --seq_len {limit} or less, or a larger model.max_seq_len",
+            )
         if self.dtype.compute != "float16" and self.loss_scale != LossScaleConfig():
-            raise ConfigError(f"loss_scale has no effect with dtype.compute={self.dtype.compute!r}; remove it, or set dtype.compute float16")
-        if bool(self.coordinator) != (self.num_processes > 0) or bool(self.coordinator) != (self.process_id >= 0):
-            raise ConfigError("coordinator, num_processes and process_id go together; give all three or none")
+            raise ConfigError(
+                f"loss_scale has no effect with dtype.compute={self.dtype.compute!r}; remove it, or set dtype.compute float16"
+            )
+        if bool(self.coordinator) != (self.num_processes > 0) or bool(
+            self.coordinator
+        ) != (self.process_id >= 0):
+            raise ConfigError(
+                "coordinator, num_processes and process_id go together; give all three or none"
+            )
         if self.process_id >= max(1, self.num_processes):
-            raise config_error("process_id", self.process_id, f"there are num_processes={self.num_processes}", f"give 0 to {self.num_processes - 1}")
-        return resolve_batch(self.global_batch_size, self.micro_batch_size, self.accumulate, math.prod(sizes[axis] for axis in BATCH_AXES))
+            raise config_error(
+                "process_id",
+                self.process_id,
+                f"there are num_processes={self.num_processes}",
+                f"give 0 to {self.num_processes - 1}",
+            )
+        return resolve_batch(
+            self.global_batch_size,
+            self.micro_batch_size,
+            self.accumulate,
+            math.prod(sizes[axis] for axis in BATCH_AXES),
+        )
 
 
 @dataclass(frozen=True)
@@ -496,7 +605,9 @@ class BatchShape:
     shards: int
 
 
-def resolve_batch(global_size: int | None, micro: int | None, accumulate: int | None, shards: int) -> BatchShape:
+def resolve_batch(
+    global_size: int | None, micro: int | None, accumulate: int | None, shards: int
+) -> BatchShape:
     """Derives the batch sizes that were not given.
 
     Args:
@@ -509,7 +620,9 @@ def resolve_batch(global_size: int | None, micro: int | None, accumulate: int | 
         ConfigError: none given, or they contradict; names the divisor that fails and the nearest legal values.
     """
     if global_size is None and micro is None:
-        raise ConfigError("global_batch_size and micro_batch_size are both missing, so the batch is not defined; give --global_batch_size or --micro_batch_size")
+        raise ConfigError(
+            "global_batch_size and micro_batch_size are both missing, so the batch is not defined; give --global_batch_size or --micro_batch_size"
+        )
     if global_size is None:
         assert micro is not None
         accumulate = accumulate or 1
@@ -526,7 +639,9 @@ def resolve_batch(global_size: int | None, micro: int | None, accumulate: int | 
     if global_size % divisor:
         low = global_size // divisor * divisor
         nearest = f"{low} or {low + divisor}" if low else f"{divisor}"
-        raise ConfigError(f"global_batch_size={global_size} does not divide by {' x '.join(parts)} = {divisor}; nearest legal: {nearest}")
+        raise ConfigError(
+            f"global_batch_size={global_size} does not divide by {' x '.join(parts)} = {divisor}; nearest legal: {nearest}"
+        )
     rest = global_size // divisor
     if micro is not None:
         return BatchShape(global_size, micro, accumulate or rest, shards)
@@ -537,7 +652,11 @@ def _reject_unread(config: Any, where: str, read: set[str] | frozenset[str]) -> 
     """Raises if a field that `config.name` does not read differs from its default."""
     for f in dataclasses.fields(config):
         if f.name not in read and getattr(config, f.name) != f.default:
-            users = [n for n, fs in {**OPTIMIZER_FIELDS, **SCHEDULE_FIELDS}.items() if f.name in fs]
+            users = [
+                n
+                for n, fs in {**OPTIMIZER_FIELDS, **SCHEDULE_FIELDS}.items()
+                if f.name in fs
+            ]
             raise ConfigError(
                 f"{where}.{f.name}={getattr(config, f.name)!r} has no effect with {where}.name={config.name!r} "
                 f"(it is read by {', '.join(users)}); remove it or change {where}.name"
@@ -547,7 +666,11 @@ def _reject_unread(config: Any, where: str, read: set[str] | frozenset[str]) -> 
 def to_dict(config: Any) -> dict[str, Any]:
     """Returns the configuration as nested plain values, for JSON."""
     return {
-        f.name: to_dict(value) if dataclasses.is_dataclass(value := getattr(config, f.name)) else list(value) if isinstance(value, tuple) else value
+        f.name: to_dict(value)
+        if dataclasses.is_dataclass(value := getattr(config, f.name))
+        else list(value)
+        if isinstance(value, tuple)
+        else value
         for f in dataclasses.fields(config)
     }
 
@@ -556,7 +679,10 @@ def diff(config: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
     """Returns (field, value, default) for every leaf that is not at its default, nested fields by dotted name."""
     rows: list[tuple[str, Any, Any]] = []
     for f in dataclasses.fields(config):
-        value, default = getattr(config, f.name), None if f.default is dataclasses.MISSING else f.default
+        value, default = (
+            getattr(config, f.name),
+            None if f.default is dataclasses.MISSING else f.default,
+        )
         if dataclasses.is_dataclass(value):
             rows += diff(value, f"{prefix}{f.name}.")
         elif value != default:

@@ -66,18 +66,30 @@ def initialize(
     make_model, values = _maker(model)
     if isinstance(config, RunConfig):
         if seed is not None:
-            raise ConfigError(f"seed={seed} has no effect with a RunConfig, which has its own; set RunConfig.seed")
+            raise ConfigError(
+                f"seed={seed} has no effect with a RunConfig, which has its own; set RunConfig.seed"
+            )
         run = dataclasses.replace(config, model=model) if make_model is None else config
     else:
         ds = config if isinstance(config, Mapping) else load_deepspeed_json(config)
         length = getattr(model, "max_seq_len", 1024)
-        base = RunConfig(model=model, steps=1, seq_len=length, schedule=ScheduleConfig(name="constant"), seed=seed or 0)
+        base = RunConfig(
+            model=model,
+            steps=1,
+            seq_len=length,
+            schedule=ScheduleConfig(name="constant"),
+            seed=seed or 0,
+        )
         run, answers = apply_deepspeed(base, ds)
-    program = build_program(run, make_model=make_model, loss_fn=loss_fn, devices=devices)
+    program = build_program(
+        run, make_model=make_model, loss_fn=loss_fn, devices=devices
+    )
     state = program.init_state()
     if values is not None:
         # Copies, since the first step takes over (donates) the state.
-        move = lambda x, sharding: jax.device_put(np.asarray(x, np.float32), sharding, may_alias=False)
+        move = lambda x, sharding: jax.device_put(
+            np.asarray(x, np.float32), sharding, may_alias=False
+        )
         state["params"] = jax.tree.map(move, values, program.shardings["params"])
     return Engine(program, state, answers)
 
@@ -85,7 +97,9 @@ def initialize(
 class Engine:
     """A train state and the program that advances it. Make it with `initialize`."""
 
-    def __init__(self, program: Program, state: State, answers: Sequence[Answer] = ()) -> None:
+    def __init__(
+        self, program: Program, state: State, answers: Sequence[Answer] = ()
+    ) -> None:
         """Takes over `state`: its arrays are donated to the first step."""
         self.program = program
         self.state = state
@@ -124,7 +138,11 @@ class Engine:
         """
         device_batch = self.program.put_batch(_rows(batch))
         # Not read here, so that the host does not wait for the last step.
-        self._skipped_before = self.skipped_steps if self._metrics is None else self._metrics["train/skipped"]
+        self._skipped_before = (
+            self.skipped_steps
+            if self._metrics is None
+            else self._metrics["train/skipped"]
+        )
         self.state, metrics = self.program.train_step(self.state, device_batch)
         self._metrics = metrics
         return metrics
@@ -153,9 +171,13 @@ class Engine:
                 f"backward({type(loss).__name__}): takes what engine(batch) returned, unchanged; put your own loss into initialize(loss_fn=...)"
             )
         if len(self._micro) == self.program.batch.accumulate:
-            raise ConfigError(f"backward: {len(self._micro)} micro-batches are waiting already (accumulate); call engine.step() after each backward")
+            raise ConfigError(
+                f"backward: {len(self._micro)} micro-batches are waiting already (accumulate); call engine.step() after each backward"
+            )
         if loss.counted:
-            raise ConfigError("backward: this micro-batch was counted already; call loss = engine(batch) for each backward")
+            raise ConfigError(
+                "backward: this micro-batch was counted already; call loss = engine(batch) for each backward"
+            )
         if self._micro and _form(loss.batch) != _form(self._micro[0].batch):
             raise ConfigError(
                 f"backward: a micro-batch of {_form(loss.batch)} cannot join one of {_form(self._micro[0].batch)} in one update; pad them alike"
@@ -167,13 +189,17 @@ class Engine:
     def step(self) -> None:
         """Updates the parameters if all micro-batches of the accumulation are there; otherwise does nothing, as in DeepSpeed."""
         if not self._micro:
-            raise ConfigError("step: no micro-batch is waiting; call loss = engine(batch) and engine.backward(loss) first")
+            raise ConfigError(
+                "step: no micro-batch is waiting; call loss = engine(batch) and engine.backward(loss) first"
+            )
         if not self.is_gradient_accumulation_boundary():
             return
         done, self._micro = self._micro, []
         names = done[0].batch.keys()
         # Rows of micro-step i must land in slot i of (A, B, T).
-        metrics = self.train_batch({n: np.concatenate([m.batch[n] for m in done]) for n in names})
+        metrics = self.train_batch(
+            {n: np.concatenate([m.batch[n] for m in done]) for n in names}
+        )
         for index, handle in enumerate(done):
             handle.settle(metrics["train/micro_losses"], index)
 
@@ -184,7 +210,9 @@ class Engine:
     def eval_batch(self, batch: HostBatch) -> float:
         """Returns the mean loss of a global batch, without dropout or gradients."""
         rows = _rows(batch)
-        sums = self.program.eval_step(self.params, self.program.put_batch(rows, training=False))
+        sums = self.program.eval_step(
+            self.params, self.program.put_batch(rows, training=False)
+        )
         return float(sums.total / jnp.maximum(sums.count, 1.0))
 
     def get_global_grad_norm(self) -> float:
@@ -206,7 +234,9 @@ class Engine:
         """
         return first_nonfinite(self.program, self.state, _rows(batch))
 
-    def save_checkpoint(self, directory: str | Path, client_state: Mapping[str, Any] | None = None) -> int:
+    def save_checkpoint(
+        self, directory: str | Path, client_state: Mapping[str, Any] | None = None
+    ) -> int:
         """Saves the whole train state, to be called by every process; returns its step. Returns when it is on disk.
 
         Args:
@@ -215,11 +245,21 @@ class Engine:
         """
         step = self.global_steps
         with Checkpointer(Path(directory), keep=0, asynchronous=False) as checkpoints:
-            meta = {"model": to_dict(self.program.run.model) if dataclasses.is_dataclass(self.program.run.model) else {}}
-            checkpoints.save(step, self.state, meta={**meta, "client_state": dict(client_state or {})})
+            meta = {
+                "model": to_dict(self.program.run.model)
+                if dataclasses.is_dataclass(self.program.run.model)
+                else {}
+            }
+            checkpoints.save(
+                step,
+                self.state,
+                meta={**meta, "client_state": dict(client_state or {})},
+            )
         return step
 
-    def load_checkpoint(self, directory: str | Path, step: int | None = None) -> tuple[int, dict[str, Any]]:
+    def load_checkpoint(
+        self, directory: str | Path, step: int | None = None
+    ) -> tuple[int, dict[str, Any]]:
         """Restores a train state saved on any mesh and stage; returns its step and client_state.
 
         Args:
@@ -236,7 +276,9 @@ class Engine:
 
     def _last(self) -> dict[str, jax.Array]:
         if self._metrics is None:
-            raise ConfigError("no update has been made yet; call train_batch or the three calls first")
+            raise ConfigError(
+                "no update has been made yet; call train_batch or the three calls first"
+            )
         return self._metrics
 
 
@@ -264,7 +306,9 @@ class MicroLoss:
             return float(self._settled[0][self._settled[1]])
         if self._value is None:
             program = self.engine.program
-            sums = program.eval_step(self.engine.params, program.micro.put_batch(self.batch, training=False))
+            sums = program.eval_step(
+                self.engine.params, program.micro.put_batch(self.batch, training=False)
+            )
             self._value = float(sums.total / jnp.maximum(sums.count, 1.0))
         return self._value
 
@@ -279,11 +323,17 @@ class MicroLoss:
         return f"MicroLoss({self.item():.6f})"
 
 
-def first_nonfinite(program: Program, state: State, rows: Mapping[str, np.ndarray]) -> str | None:
+def first_nonfinite(
+    program: Program, state: State, rows: Mapping[str, np.ndarray]
+) -> str | None:
     """Returns the path of the first parameter with a gradient that is not finite on these rows, or None."""
 
     def probe(state: State, batch: Mapping[str, jax.Array]) -> Any:
-        scale = state["loss_scale"].scale if state["loss_scale"] else jnp.ones((), jnp.float32)
+        scale = (
+            state["loss_scale"].scale
+            if state["loss_scale"]
+            else jnp.ones((), jnp.float32)
+        )
         key = jax.random.fold_in(state["key"], state["step"])
         gradients, _ = make_grad_fn(program.spec)(state["params"], batch, scale, key)
         return jax.tree.map(lambda g: jnp.all(jnp.isfinite(g)), gradients)
@@ -297,13 +347,18 @@ def first_nonfinite(program: Program, state: State, rows: Mapping[str, np.ndarra
 
 def _rows(batch: HostBatch) -> dict[str, np.ndarray]:
     if not isinstance(batch, Mapping):
-        raise ConfigError(f"batch is a {type(batch).__name__}: give a dict of arrays, such as {{'inputs': ...}}")
+        raise ConfigError(
+            f"batch is a {type(batch).__name__}: give a dict of arrays, such as {{'inputs': ...}}"
+        )
     return {name: np.asarray(array) for name, array in batch.items()}
 
 
 def _form(batch: Mapping[str, np.ndarray]) -> dict[str, str]:
     """Returns the dtype and shape of each array."""
-    return {name: f"{array.dtype}{list(array.shape)}" for name, array in sorted(batch.items())}
+    return {
+        name: f"{array.dtype}{list(array.shape)}"
+        for name, array in sorted(batch.items())
+    }
 
 
 def _maker(model: Any) -> tuple[Callable[[Any], Any] | None, Params | None]:
@@ -311,7 +366,9 @@ def _maker(model: Any) -> tuple[Callable[[Any], Any] | None, Params | None]:
     if nn.is_module(model):
         graphdef, params, _ = nn.split(model)
         # The values come later: a program that held them would hold them twice.
-        return lambda rngs: nn.merge(graphdef, jax.tree.map(lambda p: jnp.zeros(p.shape, p.dtype), params)), params
+        return lambda rngs: nn.merge(
+            graphdef, jax.tree.map(lambda p: jnp.zeros(p.shape, p.dtype), params)
+        ), params
     if hasattr(model, "build"):
         if not inspect.isclass(model):
             return None, None

@@ -24,7 +24,13 @@ from jaxspeed.types import Params
 
 
 def sample_tokens(
-    program: Program, params: Params, prompt: Int[np.ndarray, " T"], *, num_tokens: int, temperature: float, key: Key[Array, ""]
+    program: Program,
+    params: Params,
+    prompt: Int[np.ndarray, " T"],
+    *,
+    num_tokens: int,
+    temperature: float,
+    key: Key[Array, ""],
 ) -> Int[np.ndarray, " S"]:
     """Returns the prompt followed by `num_tokens` sampled tokens.
 
@@ -41,7 +47,9 @@ def sample_tokens(
     buffer = np.zeros(window, np.int32)
     buffer[: len(start)] = start
     sampler = _make_sampler(program, window, num_tokens, temperature > 0)
-    drawn = sampler(params, buffer, np.int32(len(start)), np.float32(max(temperature, 1e-6)), key)
+    drawn = sampler(
+        params, buffer, np.int32(len(start)), np.float32(max(temperature, 1e-6)), key
+    )
     return np.concatenate([np.asarray(prompt, np.int32), np.asarray(drawn)])
 
 
@@ -51,20 +59,34 @@ def _window(wanted: int, seq_len: int) -> int:
 
 
 @functools.lru_cache(maxsize=4)
-def _make_sampler(program: Program, window: int, num_tokens: int, draws: bool) -> Callable[..., jax.Array]:
+def _make_sampler(
+    program: Program, window: int, num_tokens: int, draws: bool
+) -> Callable[..., jax.Array]:
     """Returns `(params, tokens, length, temperature, key) -> (num_tokens,)`, jitted; `tokens` has `window` slots."""
     spec = program.spec
 
-    def local(params: Params, tokens: jax.Array, length: jax.Array, temperature: jax.Array, key: jax.Array) -> jax.Array:
+    def local(
+        params: Params,
+        tokens: jax.Array,
+        length: jax.Array,
+        temperature: jax.Array,
+        key: jax.Array,
+    ) -> jax.Array:
         weights = compute_weights(spec, params)
 
-        def next_token(carry: tuple[jax.Array, jax.Array], index: jax.Array) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+        def next_token(
+            carry: tuple[jax.Array, jax.Array], index: jax.Array
+        ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
             tokens, length = carry
             with ambient(spec.settings):
                 model = merge(spec.graphdef, weights)
-                last = jax.lax.dynamic_slice_in_dim(model.hidden(tokens[None])[0], length - 1, 1)[0]
+                last = jax.lax.dynamic_slice_in_dim(
+                    model.hidden(tokens[None])[0], length - 1, 1
+                )[0]
                 logits = model.output_embedding() @ last.astype(jnp.float32)
-            draw = jax.random.categorical(jax.random.fold_in(key, index), logits / temperature)
+            draw = jax.random.categorical(
+                jax.random.fold_in(key, index), logits / temperature
+            )
             token = (draw if draws else jnp.argmax(logits)).astype(jnp.int32)
             full = length == window
             tokens = jnp.where(full, jnp.roll(tokens, -1), tokens)
@@ -73,9 +95,18 @@ def _make_sampler(program: Program, window: int, num_tokens: int, draws: bool) -
 
         return jax.lax.scan(next_token, (tokens, length), jnp.arange(num_tokens))[1]
 
-    masters = jax.tree.map(lambda place: place.spec("master", manual_only=True), spec.placements, is_leaf=is_placement)
+    masters = jax.tree.map(
+        lambda place: place.spec("master", manual_only=True),
+        spec.placements,
+        is_leaf=is_placement,
+    )
     return jax.jit(
         jax.shard_map(
-            local, mesh=spec.mesh, in_specs=(masters, P(), P(), P(), P()), out_specs=P(), axis_names=manual_axes(spec.mesh), check_vma=False
+            local,
+            mesh=spec.mesh,
+            in_specs=(masters, P(), P(), P(), P()),
+            out_specs=P(),
+            axis_names=manual_axes(spec.mesh),
+            check_vma=False,
         )
     )

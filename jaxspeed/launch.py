@@ -26,7 +26,15 @@ from jaxspeed.config import ConfigError, RunConfig, config_error
 JOIN_TIMEOUT_S = float(os.environ.get("JAXSPEED_JOIN_TIMEOUT_S", "300"))
 """How long a process waits for the others of its job to start."""
 
-_ACCELERATORS = ("/dev/nvidia*", "/dev/nvhost*", "/dev/nvgpu*", "/dev/dxg", "/dev/kfd", "/dev/accel*", "/dev/vfio/[0-9]*")
+_ACCELERATORS = (
+    "/dev/nvidia*",
+    "/dev/nvhost*",
+    "/dev/nvgpu*",
+    "/dev/dxg",
+    "/dev/kfd",
+    "/dev/accel*",
+    "/dev/vfio/[0-9]*",
+)
 """Device files of NVIDIA and AMD GPUs and of TPUs."""
 
 _ZLIB_MAGIC = 0x78
@@ -58,12 +66,16 @@ def quiet() -> None:
     os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
     warnings.filterwarnings("ignore", message="Transparent hugepages are not enabled")
     # A damaged or unwritable entry costs a compilation, nothing else.
-    warnings.filterwarnings("ignore", message="Error (reading|writing) persistent compilation cache entry")
+    warnings.filterwarnings(
+        "ignore", message="Error (reading|writing) persistent compilation cache entry"
+    )
     logging.getLogger("absl").setLevel(logging.ERROR)
     logging.getLogger("jax._src.xla_bridge").setLevel(logging.ERROR)
     import jax
 
-    if sys.platform == "linux" and not any(glob.glob(pattern) for pattern in _ACCELERATORS):
+    if sys.platform == "linux" and not any(
+        glob.glob(pattern) for pattern in _ACCELERATORS
+    ):
         # The plugins of absent hardware would print traces and warnings.
         logging.getLogger("jax._src.xla_bridge").setLevel(logging.CRITICAL)
         if not jax.config.jax_platforms:
@@ -161,13 +173,22 @@ def _join(run: RunConfig) -> None:
 def _check_group(run: RunConfig) -> None:
     """Raises unless the three flags name a process of a group."""
     if not (run.coordinator and run.num_processes > 0 and run.process_id >= 0):
-        raise ConfigError("coordinator, num_processes and process_id go together; give all three or none")
+        raise ConfigError(
+            "coordinator, num_processes and process_id go together; give all three or none"
+        )
     if run.process_id >= run.num_processes:
         why = f"there are {run.num_processes} processes, numbered from 0"
-        raise config_error("process_id", run.process_id, why, f"give 0 to {run.num_processes - 1}")
+        raise config_error(
+            "process_id", run.process_id, why, f"give 0 to {run.num_processes - 1}"
+        )
     _, colon, port = run.coordinator.rpartition(":")
     if not (colon and port.isdecimal() and 0 < int(port) < 65536):
-        raise config_error("coordinator", run.coordinator, "it wants an address and a port", "give for instance host0:9876")
+        raise config_error(
+            "coordinator",
+            run.coordinator,
+            "it wants an address and a port",
+            "give for instance host0:9876",
+        )
 
 
 def _initialise(who: str, *group: str | int) -> None:
@@ -180,7 +201,9 @@ def _initialise(who: str, *group: str | int) -> None:
 
     try:
         with _deadline(JOIN_TIMEOUT_S, late):
-            jax.distributed.initialize(*group, initialization_timeout=int(JOIN_TIMEOUT_S) + 60)  # type: ignore[arg-type]
+            jax.distributed.initialize(
+                *group, initialization_timeout=int(JOIN_TIMEOUT_S) + 60
+            )  # type: ignore[arg-type]
     except (RuntimeError, ValueError, OSError) as error:
         raise ConfigError(
             f"{who}: could not join ({' '.join(str(error).split())[:200]}); "
@@ -202,7 +225,10 @@ def _deadline(seconds: float, message: str) -> Iterator[None]:
 
     timer = threading.Timer(seconds, give_up)
     timer.daemon = True
-    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {
+        number: signal.signal(number, signal.SIG_DFL)
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
     timer.start()
     try:
         yield
@@ -221,8 +247,15 @@ def _cluster() -> str:
         return f"Slurm: task {env.get('SLURM_PROCID')} of {env['SLURM_NTASKS']}"
     if int(env.get("OMPI_COMM_WORLD_SIZE") or 1) > 1:
         return f"Open MPI: rank {env.get('OMPI_COMM_WORLD_RANK')} of {env['OMPI_COMM_WORLD_SIZE']}"
-    if "," in env.get("TPU_WORKER_HOSTNAMES", "") or "MEGASCALE_COORDINATOR_ADDRESS" in env:
+    if (
+        "," in env.get("TPU_WORKER_HOSTNAMES", "")
+        or "MEGASCALE_COORDINATOR_ADDRESS" in env
+    ):
         return f"TPU worker {env.get('TPU_WORKER_ID')} of {env.get('TPU_WORKER_HOSTNAMES')}"
     # jax sets this where it finds TPU chips; a Cloud TPU VM tells its metadata server the rest.
     on_tpu = "TPU_ML_PLATFORM" in env and not env.get("TPU_SKIP_MDS_QUERY")
-    return "Cloud TPU VM" if on_tpu and jax.config.jax_platforms in (None, "", "tpu", "tpu,cpu") else ""
+    return (
+        "Cloud TPU VM"
+        if on_tpu and jax.config.jax_platforms in (None, "", "tpu", "tpu,cpu")
+        else ""
+    )

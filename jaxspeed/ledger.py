@@ -421,7 +421,9 @@ def _parse_module(text: str) -> tuple[_Computation, int | None, set[str]]:
                 entry = current if match[1] else entry
             elif _ASSIGNMENT.match(line):
                 raise LedgerError(f"instruction outside a computation: {line[:200]!r}")
-        elif line.startswith("}") and line[1:2] != "}":  # an execution thread may follow;
+        elif (
+            line.startswith("}") and line[1:2] != "}"
+        ):  # an execution thread may follow;
             # two braces end the metadata of a kernel, which has lines of its own
             current = None
         elif match := _ASSIGNMENT.match(line):

@@ -25,19 +25,26 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import jaxspeed
 from jaxspeed.checkpoint import Checkpointer, restore_params
 from jaxspeed.config import ConfigError, RunConfig, config_error, diff, to_dict
-from jaxspeed.data import EvalSet, Tokenizer, build_tokenizer, open_corpus, train_iterator
+from jaxspeed.data import (
+    EvalSet,
+    Tokenizer,
+    build_tokenizer,
+    open_corpus,
+    train_iterator,
+)
 from jaxspeed.deepspeed_json import Answer, answers_table
 from jaxspeed.engine import first_nonfinite
 from jaxspeed.generate import sample_tokens
 from jaxspeed.ledger import Ledger, read_ledger
 from jaxspeed.metrics import MetricsWriter, bits_per_byte, perplexity
 from jaxspeed.program import Program, State, build_program, notices
-from jaxspeed.progress import Progress, format_count, format_seconds
+from jaxspeed.progress import Progress, format_count
 from jaxspeed.report import add_sample, format_bytes, report_from_run, save_run
 from jaxspeed.state import bytes_per_device
 
@@ -93,7 +100,11 @@ class _Run:
         self.began = time.strftime("%Y-%m-%d %H:%M:%S")
         self.program = build_program(run)
         self.corpus = open_corpus(run.data)
-        self.checkpoints = Checkpointer(self.workdir / "checkpoints", keep=run.checkpoint.keep, asynchronous=run.checkpoint.asynchronous)
+        self.checkpoints = Checkpointer(
+            self.workdir / "checkpoints",
+            keep=run.checkpoint.keep,
+            asynchronous=run.checkpoint.asynchronous,
+        )
         self.tokens = self.evaluated = self.skipped = 0
         self.saved: int | None = None
         self.evaluation: dict[str, float] = {}
@@ -106,8 +117,17 @@ class _Run:
             state, start = self._start()
             step_fn = self._compile(state)
             stack.enter_context(self.checkpoints)
-            self.metrics = stack.enter_context(MetricsWriter(self.workdir, resume_step=start, **shown))
-            self.progress = stack.enter_context(Progress(steps=self.run.steps, start_step=start, every=self.run.log_every, **shown))
+            self.metrics = stack.enter_context(
+                MetricsWriter(self.workdir, resume_step=start, **shown)
+            )
+            self.progress = stack.enter_context(
+                Progress(
+                    steps=self.run.steps,
+                    start_step=start,
+                    every=self.run.log_every,
+                    **shown,
+                )
+            )
             self.stop = stack.enter_context(_signals())
             self._introduce(start)
             if start and self._evaluation_due(start) and self.evaluated != start:
@@ -123,25 +143,48 @@ class _Run:
         self.checkpoints.prepare()
         if jax.process_index() == 0:
             stack.enter_context(_locked(self.workdir))
-        self.tokenizer: Tokenizer = build_tokenizer(run.data, self.corpus, vocab_size=run.model.vocab_size, workdir=self.workdir)
+        self.tokenizer: Tokenizer = build_tokenizer(
+            run.data, self.corpus, vocab_size=run.model.vocab_size, workdir=self.workdir
+        )
         index, count = self.program.process_rows
         shared: dict[str, Any] = {
             "seq_len": run.seq_len, "global_batch_size": self.program.batch.global_size, "process_index": index, "process_count": count,
         }  # fmt: skip
-        self.data = train_iterator(run.data, self.corpus, self.tokenizer, seed=run.seed, **shared)
-        self.held_out = EvalSet(cfg=run.data, corpus=self.corpus, tokenizer=self.tokenizer, batches=run.eval.batches, **shared)
+        self.data = train_iterator(
+            run.data, self.corpus, self.tokenizer, seed=run.seed, **shared
+        )
+        self.held_out = EvalSet(
+            cfg=run.data,
+            corpus=self.corpus,
+            tokenizer=self.tokenizer,
+            batches=run.eval.batches,
+            **shared,
+        )
 
     def _start(self) -> tuple[State, int]:
         """Returns the state to begin from and its step: resumed, initialised, or taken from `init`."""
         run, program = self.run, self.program
         if run.resume == "never" and self.checkpoints.candidates():
-            raise config_error("resume", "never", f"{self.workdir} holds a run already", "give another --workdir, or --resume auto to continue it")
+            raise config_error(
+                "resume",
+                "never",
+                f"{self.workdir} holds a run already",
+                "give another --workdir, or --resume auto to continue it",
+            )
         latest = None if run.resume == "never" else self.checkpoints.latest()
         if latest is None and run.resume == "must":
-            self.checkpoints.restore(None, program.abstract_state)  # raises, and lists what is there
+            self.checkpoints.restore(
+                None, program.abstract_state
+            )  # raises, and lists what is there
         if latest is not None:
-            state, meta = self.checkpoints.restore(latest, program.abstract_state, iterator=self.data)
-            self.saved, self.tokens, self.evaluated = latest, meta["tokens"], meta["evaluated"]
+            state, meta = self.checkpoints.restore(
+                latest, program.abstract_state, iterator=self.data
+            )
+            self.saved, self.tokens, self.evaluated = (
+                latest,
+                meta["tokens"],
+                meta["evaluated"],
+            )
             self.skipped = int(state["skipped"])
             return state, latest
         self._refuse_to_begin_over()
@@ -152,7 +195,11 @@ class _Run:
 
     def _refuse_to_begin_over(self) -> None:
         """Raises if there are checkpoints, none of them whole; one that was being written when the run was killed does not count."""
-        damaged = [f"{c.step} ({c.problem or 'a checksum differs'})" for c in self.checkpoints.candidates() if c.problem != "unfinished"]
+        damaged = [
+            f"{c.step} ({c.problem or 'a checksum differs'})"
+            for c in self.checkpoints.candidates()
+            if c.problem != "unfinished"
+        ]
         if damaged:
             raise ConfigError(
                 f"checkpoint: {self.checkpoints.directory} holds only damaged ones: {', '.join(damaged)}; restore them from a copy, "
@@ -206,10 +253,14 @@ class _Run:
     def _note(self, pending: "_Pending", state: State) -> None:
         """Reads a finished step's metrics; shows and writes them; stops a run that cannot go on."""
         step, rows, metrics = pending
-        values: dict[str, Any] = {n: np.asarray(x).item() for n, x in metrics.items() if x.ndim == 0}
+        values: dict[str, Any] = {
+            n: np.asarray(x).item() for n, x in metrics.items() if x.ndim == 0
+        }
         exhausted = values.pop("train/scale_exhausted", False)
         self.tokens += int(values.pop("train/tokens"))
-        if exhausted or not (math.isfinite(values["train/loss"]) or "train/loss_scale" in values):
+        if exhausted or not (
+            math.isfinite(values["train/loss"]) or "train/loss_scale" in values
+        ):
             raise self._failure(step, values, state, rows)
         if values["train/skipped"] != self.skipped:
             self._tell_of_skipped(step, values)
@@ -217,7 +268,10 @@ class _Run:
         if step % self.run.log_every == 0 or step == self.run.steps:
             seconds = self.clock.per_step(step)
             batch_tokens = self.program.batch.global_size * self.run.seq_len
-            values |= {"perf/step_seconds": seconds, "perf/tokens_per_second": batch_tokens / seconds}
+            values |= {
+                "perf/step_seconds": seconds,
+                "perf/tokens_per_second": batch_tokens / seconds,
+            }
             self.metrics.write(step, values)
         self.progress.update(step, values)
 
@@ -225,20 +279,40 @@ class _Run:
         """Says at the 1st, 2nd, 4th, 8th ... time that an update was skipped; under loss scaling that is nothing special."""
         self.skipped = values["train/skipped"]
         if "train/loss_scale" not in values and self.skipped & (self.skipped - 1) == 0:
-            self.progress.print(f"step {step}: a gradient is not finite, so the update was skipped ({self.skipped} so far)")
+            self.progress.print(
+                f"step {step}: a gradient is not finite, so the update was skipped ({self.skipped} so far)"
+            )
 
-    def _failure(self, step: int, values: Mapping[str, Any], state: State, rows: Mapping[str, np.ndarray]) -> TrainingError:
-        state = {**state, "step": state["step"] * 0 + (step - 1)}  # that step's dropout masks
-        leaf = first_nonfinite(self.program, state, rows) or "none with the present parameters"
+    def _failure(
+        self,
+        step: int,
+        values: Mapping[str, Any],
+        state: State,
+        rows: Mapping[str, np.ndarray],
+    ) -> TrainingError:
+        state = {
+            **state,
+            "step": state["step"] * 0 + (step - 1),
+        }  # that step's dropout masks
+        leaf = (
+            first_nonfinite(self.program, state, rows)
+            or "none with the present parameters"
+        )
         batch_tokens = self.program.batch.global_size * self.run.seq_len
         position = f"data tokens {max(0, self.tokens - batch_tokens):,} to {self.tokens:,}; first non-finite gradient: {leaf}"
-        kept = f"the newest checkpoint is of step {self.saved}" if self.saved is not None else "there is no checkpoint yet"
+        kept = (
+            f"the newest checkpoint is of step {self.saved}"
+            if self.saved is not None
+            else "there is no checkpoint yet"
+        )
         if "train/loss_scale" in values:
             return TrainingError(
                 f"step {step}: a gradient overflowed at the smallest loss scale (loss_scale.minimum={self.run.loss_scale.minimum:g}); "
                 f"{position}; {kept}; use --dtype.compute bfloat16, or lower optim.lr"
             )
-        return TrainingError(f"step {step}: the loss is {values['train/loss']}; {position}; {kept}; lower optim.lr, or look at the data there")
+        return TrainingError(
+            f"step {step}: the loss is {values['train/loss']}; {position}; {kept}; lower optim.lr, or look at the data there"
+        )
 
     def _evaluate(self, state: State, step: int) -> None:
         """Writes the held-out loss and a sample of what the model says; a signal ends it without either."""
@@ -247,13 +321,27 @@ class _Run:
         for rows, size in self.held_out:
             if self.stop.agreed():
                 return
-            sums = jax.device_get(self.program.eval_step(state["params"], self.program.put_batch(rows, training=False)))
-            nats, targets, num_bytes = nats + float(sums.total), targets + float(sums.count), num_bytes + size
+            sums = jax.device_get(
+                self.program.eval_step(
+                    state["params"], self.program.put_batch(rows, training=False)
+                )
+            )
+            nats, targets, num_bytes = (
+                nats + float(sums.total),
+                targets + float(sums.count),
+                num_bytes + size,
+            )
         loss = nats / max(targets, 1.0)
         bits = bits_per_byte(loss, num_tokens=targets, num_bytes=num_bytes)
-        self.evaluation = {"eval/loss": loss, "eval/perplexity": perplexity(loss), "eval/bits_per_byte": bits}
+        self.evaluation = {
+            "eval/loss": loss,
+            "eval/perplexity": perplexity(loss),
+            "eval/bits_per_byte": bits,
+        }
         self.metrics.write(step, self.evaluation)
-        self.progress.print(f"step {step}: held-out loss {loss:.4f} nats/token, perplexity {self.evaluation['eval/perplexity']:.2f}, {bits:.3f} bits/byte")
+        self.progress.print(
+            f"step {step}: held-out loss {loss:.4f} nats/token, perplexity {self.evaluation['eval/perplexity']:.2f}, {bits:.3f} bits/byte"
+        )
         if self.run.eval.sample_tokens:
             self._sample(state, step)
         self.evaluated = step
@@ -283,14 +371,22 @@ class _Run:
 
     def _finish(self, step: int) -> Result:
         report = report_from_run(self.workdir) if jax.process_index() == 0 else None
-        stopped_by = self.stop.agreed() if step < self.run.steps or self.evaluated != step else 0
+        stopped_by = (
+            self.stop.agreed() if step < self.run.steps or self.evaluated != step else 0
+        )
         if stopped_by:
-            self.progress.print(f"stopped by {signal.Signals(stopped_by).name} after step {step}: saved; the same command goes on from here")
+            self.progress.print(
+                f"stopped by {signal.Signals(stopped_by).name} after step {step}: saved; the same command goes on from here"
+            )
         elif self.evaluation:
             bits = self.evaluation["eval/bits_per_byte"]
-            self.progress.print(f"done: step {step}, held-out loss {self.evaluation['eval/loss']:.4f} nats/token ({bits * math.log(2):.4f} nats/byte)")
+            self.progress.print(
+                f"done: step {step}, held-out loss {self.evaluation['eval/loss']:.4f} nats/token ({bits * math.log(2):.4f} nats/byte)"
+            )
         else:
-            self.progress.print(f"already trained to step {step}; give a larger --steps, or another --workdir")
+            self.progress.print(
+                f"already trained to step {step}; give a larger --steps, or another --workdir"
+            )
         self.progress.print(f"report: {report}")
         return Result(self.workdir, step, self.evaluation, stopped_by)
 
@@ -298,20 +394,35 @@ class _Run:
         """Tells what is about to run, once."""
         run, program, show = self.run, self.program, self.progress.print
         device = program.mesh.devices.flat[0]
-        params = sum(math.prod(p.shape) for p in jax.tree.leaves(program.abstract_state["params"]))
+        params = sum(
+            math.prod(p.shape)
+            for p in jax.tree.leaves(program.abstract_state["params"])
+        )
         mesh = " x ".join(f"{axis}={size}" for axis, size in program.mesh.shape.items())
         shape = program.batch
         if self.answers and jax.process_index() == 0:
-            self.progress.console.print(answers_table(self.answers))
-        show("settings that differ from the defaults: " + ", ".join(f"{field}={value!r}" for field, value, _ in diff(self.run)))
-        show(f"model: {type(run.model).__module__}, {format_count(params)} parameters; ZeRO stage {run.zero.stage}, compute in {run.dtype.compute}")
+            self.progress.console.print(answers_table(list(self.answers)))
+        show(
+            "settings that differ from the defaults: "
+            + ", ".join(f"{field}={value!r}" for field, value, _ in diff(self.run))
+        )
+        show(
+            f"model: {type(run.model).__module__}, {format_count(params)} parameters; ZeRO stage {run.zero.stage}, compute in {run.dtype.compute}"
+        )
         show(f"devices: {program.mesh.size} x {device.device_kind}, mesh {mesh}")
-        show(f"batch: {shape.global_size} sequences = {shape.micro_size} per device x {shape.shards} shards x {shape.accumulate} micro-steps, of {run.seq_len} tokens")
+        show(
+            f"batch: {shape.global_size} sequences = {shape.micro_size} per device x {shape.shards} shards x {shape.accumulate} micro-steps, of {run.seq_len} tokens"
+        )
         show(f"data: {self.corpus.describe()}")
-        show(f"state: {format_bytes(bytes_per_device(program.abstract_state))} per device; {_collectives(self.ledger)}")
+        show(
+            f"state: {format_bytes(bytes_per_device(program.abstract_state))} per device; {_collectives(self.ledger)}"
+        )
         for line in notices(program):
             show(line)
-        show(f"run directory: {self.workdir}" + (f"; going on from step {start}" if start else ""))
+        show(
+            f"run directory: {self.workdir}"
+            + (f"; going on from step {start}" if start else "")
+        )
 
     def _notes(self) -> dict[str, str]:
         device = self.program.mesh.devices.flat[0]
@@ -321,7 +432,9 @@ class _Run:
         }  # fmt: skip
 
 
-def memory_rows(program: Program, compiled: jax.stages.Compiled) -> list[tuple[str, int]]:
+def memory_rows(
+    program: Program, compiled: jax.stages.Compiled
+) -> list[tuple[str, int]]:
     """Returns (class of arrays, bytes per device) of the train step; temporaries as the compiler counts them."""
     state = program.abstract_state
     rows = [
@@ -331,14 +444,21 @@ def memory_rows(program: Program, compiled: jax.stages.Compiled) -> list[tuple[s
     ]
     analysis = compiled.memory_analysis()
     if analysis is not None:
-        rows.append(("temporaries (activations, gradients, gathered weights)", int(analysis.temp_size_in_bytes)))
+        rows.append(
+            (
+                "temporaries (activations, gradients, gathered weights)",
+                int(analysis.temp_size_in_bytes),
+            )
+        )
     return rows
 
 
 def _collectives(ledger: Ledger) -> str:
     """Returns one line: the payload of the step's collectives by kind and mesh axis."""
     parts = [
-        f"{kind} {format_bytes(group.total())} over {'+'.join(axes)}" for (kind, axes), group in ledger.by_kind_and_axis().items() if axes and group.total() > 1024
+        f"{kind} {format_bytes(group.total())} over {'+'.join(axes)}"
+        for (kind, axes), group in ledger.by_kind_and_axis().items()
+        if axes and group.total() > 1024
     ]
     return "collectives per device and step: " + (", ".join(parts) or "none")
 
@@ -366,7 +486,9 @@ class _Clock:
         self._paused += time.perf_counter() - begin
 
     def per_step(self, step: int) -> float:
-        seconds = (time.perf_counter() - self._since - self._paused) / max(1, step - self._step)
+        seconds = (time.perf_counter() - self._since - self._paused) / max(
+            1, step - self._step
+        )
         self.restart(step)
         return seconds
 
@@ -411,7 +533,9 @@ def _largest(number: int) -> jax.Array:
 @functools.cache
 def _over_all_devices() -> tuple[NamedSharding, Any]:
     mesh = Mesh(np.array(jax.devices()), ("all",))
-    return NamedSharding(mesh, P("all")), jax.jit(jnp.max, out_shardings=NamedSharding(mesh, P()))
+    return NamedSharding(mesh, P("all")), jax.jit(
+        jnp.max, out_shardings=NamedSharding(mesh, P())
+    )
 
 
 @contextlib.contextmanager
@@ -442,9 +566,18 @@ def _locked(workdir: Path) -> Iterator[None]:
         except BlockingIOError:
             file.seek(0)
             owner = file.read().strip() or "another process"
-            raise config_error("workdir", str(workdir), f"{owner} is training in it", "wait for it, or give another --workdir") from None
+            raise config_error(
+                "workdir",
+                str(workdir),
+                f"{owner} is training in it",
+                "wait for it, or give another --workdir",
+            ) from None
         except OSError as error:
-            logger.warning("%s cannot be locked (%s): see to it that no second run starts in it", workdir, error.strerror)
+            logger.warning(
+                "%s cannot be locked (%s): see to it that no second run starts in it",
+                workdir,
+                error.strerror,
+            )
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()}")
         file.flush()

@@ -21,7 +21,9 @@ def next_token_loss(model: CausalLM, batch: Batch) -> Sums:
         targets = batch["targets"]
     else:
         targets = jnp.roll(inputs, -1, axis=1)
-        inner = jnp.broadcast_to(jnp.arange(inputs.shape[1]) < inputs.shape[1] - 1, inputs.shape)
+        inner = jnp.broadcast_to(
+            jnp.arange(inputs.shape[1]) < inputs.shape[1] - 1, inputs.shape
+        )
         mask = inner if mask is None else mask & inner
     hidden = model.hidden(inputs, batch.get("positions"), batch.get("segment_ids"))
     return fused_cross_entropy(hidden, model.output_embedding(), targets, mask)

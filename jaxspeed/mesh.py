@@ -19,5 +19,7 @@ def build_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -
         devices: local, distributed or ahead-of-time (`jaxspeed.topology`) devices.
     """
     devices = list(jax.devices() if devices is None else devices)
-    grid = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
+    grid = mesh_utils.create_device_mesh(
+        tuple(sizes.values()), devices, allow_split_physical_axes=True
+    )
     return Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))

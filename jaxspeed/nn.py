@@ -23,7 +23,9 @@ from jaxspeed.types import Params, PyTree
 Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
 
 
-def param(init: Initializer, rngs: nnx.Rngs, shape: tuple[int, ...], dims: tuple[str, ...]) -> nnx.Param:
+def param(
+    init: Initializer, rngs: nnx.Rngs, shape: tuple[int, ...], dims: tuple[str, ...]
+) -> nnx.Param:
     """Returns a float32 parameter that carries the logical name of each dim.
 
     Args:
@@ -44,7 +46,12 @@ class Layers(nnx.Module):
     dropped; the rematerialisation policy is applied once, here.
     """
 
-    def __init__(self, make_block: Callable[[nnx.Rngs], nnx.Module], num_layers: int, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self,
+        make_block: Callable[[nnx.Rngs], nnx.Module],
+        num_layers: int,
+        rngs: nnx.Rngs,
+    ) -> None:
         """Makes `num_layers` blocks, each from its own key."""
         self.num_layers = num_layers
         self.block = nnx.vmap(make_block)(rngs.split(num_layers))
@@ -55,7 +62,9 @@ class Layers(nnx.Module):
         weights = nnx.to_pure_dict(weights)
         key = current().dropout_key
 
-        def body(x: jax.Array, layer: tuple[PyTree, jax.Array], *args: Any) -> jax.Array:
+        def body(
+            x: jax.Array, layer: tuple[PyTree, jax.Array], *args: Any
+        ) -> jax.Array:
             weights, index = layer
             whole = jax.tree.map(materialise, weights, is_leaf=is_weight)
             layer_key = None if key is None else jax.random.fold_in(key, index)
@@ -63,7 +72,11 @@ class Layers(nnx.Module):
                 return nnx.merge(graphdef, whole)(x, *args)
 
         body = checkpoint_layer(body, current().remat)
-        x, _ = jax.lax.scan(lambda x, layer: (body(x, layer, *args), None), x, (weights, jnp.arange(self.num_layers)))
+        x, _ = jax.lax.scan(
+            lambda x, layer: (body(x, layer, *args), None),
+            x,
+            (weights, jnp.arange(self.num_layers)),
+        )
         return x
 
 
@@ -77,7 +90,9 @@ def split(model: Any) -> tuple[Any, dict[str, Any], dict[str, Any]]:
         ConfigError: it is not a model, or it holds what the step does not train (batch statistics, say).
     """
     if not isinstance(model, nnx.Module):
-        raise ConfigError(f"model is a {type(model).__name__}, not an nnx.Module; give one, or a function that returns one")
+        raise ConfigError(
+            f"model is a {type(model).__name__}, not an nnx.Module; give one, or a function that returns one"
+        )
     graphdef, state, rest = nnx.split(model, nnx.Param, ...)
     _refuse_untrainable(model, graphdef, state, rest)
     dims = jax.tree.map(_dims_of, state, is_leaf=lambda v: isinstance(v, nnx.Variable))
@@ -91,12 +106,18 @@ def merge(graphdef: Any, params: Params) -> Any:
     """
 
     def enter(weight: Any) -> Any:
-        return weight if isinstance(weight, Weight) and weight.placement.stacked else materialise(weight)
+        return (
+            weight
+            if isinstance(weight, Weight) and weight.placement.stacked
+            else materialise(weight)
+        )
 
     return nnx.merge(graphdef, jax.tree.map(enter, params, is_leaf=is_weight))
 
 
-def abstract(make_model: Callable[[], nnx.Module]) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+def abstract(
+    make_model: Callable[[], nnx.Module],
+) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     """Returns `split` of the model that `make_model` would make, with shapes in place of arrays."""
     return split(nnx.eval_shape(make_model))
 
@@ -118,15 +139,27 @@ def rngs(key: jax.Array) -> nnx.Rngs:
     return nnx.Rngs(params=key, default=key)
 
 
-def _refuse_untrainable(model: nnx.Module, graphdef: Any, state: Any, rest: Any) -> None:
+def _refuse_untrainable(
+    model: nnx.Module, graphdef: Any, state: Any, rest: Any
+) -> None:
     """Raises if the model holds arrays that are not real-valued parameters, or no parameter."""
     dotted = lambda path: "model." + ".".join(map(str, path))
-    others = [(path, v) for path, v in nnx.to_flat_state(rest) if not isinstance(v, nnx.RngState)]
+    others = [
+        (path, v)
+        for path, v in nnx.to_flat_state(rest)
+        if not isinstance(v, nnx.RngState)
+    ]
     arrays = [path for path, v in others if not isinstance(v, nnx.Variable)]
     # While tracing, flax 0.12 takes a plain array for a static attribute.
-    arrays += [(name,) for name, v in graphdef.attributes if isinstance(getattr(v, "value", None), jax.Array)]
+    arrays += [
+        (name,)
+        for name, v in graphdef.attributes
+        if isinstance(getattr(v, "value", None), jax.Array)
+    ]
     if arrays:
-        raise ConfigError(f"{dotted(arrays[0])} is an array but not a parameter; make it an nnx.Param, or compute it in __call__")
+        raise ConfigError(
+            f"{dotted(arrays[0])} is an array but not a parameter; make it an nnx.Param, or compute it in __call__"
+        )
     if others:
         path, variable = others[0]
         raise ConfigError(
@@ -134,14 +167,20 @@ def _refuse_untrainable(model: nnx.Module, graphdef: Any, state: Any, rest: Any)
             "use a layer without running statistics, such as LayerNorm"
         )
     if nnx.to_flat_state(rest):
-        raise ConfigError("model holds random-number state (nnx.Rngs); use jaxspeed.ops.dropout, which takes its key from the step")
+        raise ConfigError(
+            "model holds random-number state (nnx.Rngs); use jaxspeed.ops.dropout, which takes its key from the step"
+        )
     params = nnx.to_flat_state(state)
     if not params:
-        raise ConfigError(f"model {type(model).__name__} has no parameters; hold them as nnx.Param, and layers as nnx.Module attributes")
+        raise ConfigError(
+            f"model {type(model).__name__} has no parameters; hold them as nnx.Param, and layers as nnx.Module attributes"
+        )
     for path, variable in params:
         dtype = variable.get_value().dtype
         if not jnp.issubdtype(dtype, jnp.floating):
-            raise ConfigError(f"{dotted(path)} is an nnx.Param of {dtype}: only real numbers are trained; compute it in __call__ instead")
+            raise ConfigError(
+                f"{dotted(path)} is an nnx.Param of {dtype}: only real numbers are trained; compute it in __call__ instead"
+            )
 
 
 def _dims_of(variable: nnx.Variable) -> Any:

@@ -17,19 +17,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jaxspeed import nn
 from jaxspeed.ambient import Ambient
-from jaxspeed.config import BATCH_AXES, BatchShape, ConfigError, LossScaleConfig, RunConfig, config_error
+from jaxspeed.config import (
+    BATCH_AXES,
+    BatchShape,
+    ConfigError,
+    LossScaleConfig,
+    RunConfig,
+    config_error,
+)
 from jaxspeed.losses import next_token_loss
 from jaxspeed.mesh import build_mesh
 from jaxspeed.optim import make_optimizer
 from jaxspeed.schedules import make_schedule
 from jaxspeed.sharding import is_placement, place_all
 from jaxspeed.state import make_init, state_shardings, with_shardings
-from jaxspeed.topology import find_chip
 from jaxspeed.step import StepSpec, make_eval_fn, make_train_step
+from jaxspeed.topology import find_chip
 from jaxspeed.types import LossFn, Params, PyTree, Sums
 
 
@@ -62,29 +70,60 @@ class Program:
 
     def init_state(self) -> State:
         """Returns a new train state, each device making its own shards."""
-        return jax.jit(self.init, out_shardings=self.shardings)(jax.random.key(self.run.seed))
+        return jax.jit(self.init, out_shardings=self.shardings)(
+            jax.random.key(self.run.seed)
+        )
 
     @functools.cached_property
-    def train_step(self) -> Callable[[State, Mapping[str, jax.Array]], tuple[State, dict[str, jax.Array]]]:
+    def train_step(
+        self,
+    ) -> Callable[[State, Mapping[str, jax.Array]], tuple[State, dict[str, jax.Array]]]:
         """The jitted step; it takes over (donates) the state it is given."""
         step = make_train_step(
-            self.spec, self.tx, self.schedule, clip_norm=self.run.optim.clip_norm, loss_scale=_loss_scale(self.run)
+            self.spec,
+            self.tx,
+            self.schedule,
+            clip_norm=self.run.optim.clip_norm,
+            loss_scale=_loss_scale(self.run),
         )
         whole = NamedSharding(self.mesh, P())
         chip = find_chip(self.mesh.devices.flat[0].device_kind)
         options = dict(chip.compiler_options) if chip else {}
-        return jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, whole), compiler_options=options)
+        return jax.jit(
+            step,
+            donate_argnums=0,
+            out_shardings=(self.shardings, whole),
+            compiler_options=options,
+        )
 
     @functools.cached_property
     def eval_step(self) -> Callable[[Params, Mapping[str, jax.Array]], Sums]:
         """The jitted loss of a batch (B, T) without gradients."""
         return jax.jit(make_eval_fn(self.spec))
 
-    def abstract_batch(self, names: Sequence[str] = ("inputs", "targets", "mask", "positions", "segment_ids")) -> dict[str, jax.ShapeDtypeStruct]:
+    def abstract_batch(
+        self,
+        names: Sequence[str] = (
+            "inputs",
+            "targets",
+            "mask",
+            "positions",
+            "segment_ids",
+        ),
+    ) -> dict[str, jax.ShapeDtypeStruct]:
         """Returns the shapes and shardings of a training batch with these leaves."""
-        shape = (self.batch.accumulate, self.batch.micro_size * self.batch.shards, self.run.seq_len)
+        shape = (
+            self.batch.accumulate,
+            self.batch.micro_size * self.batch.shards,
+            self.run.seq_len,
+        )
         sharding = NamedSharding(self.mesh, P(None, BATCH_AXES))
-        return {n: jax.ShapeDtypeStruct(shape, jnp.bool if n == "mask" else jnp.int32, sharding=sharding) for n in names}
+        return {
+            n: jax.ShapeDtypeStruct(
+                shape, jnp.bool if n == "mask" else jnp.int32, sharding=sharding
+            )
+            for n in names
+        }
 
     def lower_step(self, names: Sequence[str] | None = None) -> jax.stages.Lowered:
         """Returns the lowered train step; `.compile()` works for devices that are not there."""
@@ -117,7 +156,9 @@ class Program:
     def micro(self) -> "Program":
         """This program with one micro-step's rows for its global batch."""
         rows = self.batch.micro_size * self.batch.shards
-        return dataclasses.replace(self, batch=dataclasses.replace(self.batch, global_size=rows, accumulate=1))
+        return dataclasses.replace(
+            self, batch=dataclasses.replace(self.batch, global_size=rows, accumulate=1)
+        )
 
     def check_rows(self, rows: Mapping[str, np.ndarray]) -> None:
         """Checks that each array has this process's share of the global batch for its first dim.
@@ -126,19 +167,25 @@ class Program:
             ConfigError: names the first array that does not.
         """
         if not rows:
-            raise ConfigError("batch is empty; give at least one array, such as {'inputs': (rows, seq_len) of int32}")
+            raise ConfigError(
+                "batch is empty; give at least one array, such as {'inputs': (rows, seq_len) of int32}"
+            )
         count = self.process_rows[1]
         expected = self.batch.global_size // count
         for name, array in rows.items():
             if array.dtype.kind in "OUSMm":
-                raise ConfigError(f"batch[{name!r}] holds {array.dtype}, which no device computes with; leave it out, or give numbers")
+                raise ConfigError(
+                    f"batch[{name!r}] holds {array.dtype}, which no device computes with; leave it out, or give numbers"
+                )
             if array.shape[:1] != (expected,):
                 raise ConfigError(
                     f"batch[{name!r}] has shape {array.shape}: its first dim must be {expected}, this process's share of "
                     f"{self.batch.global_size} rows over {count} process{'es' if count > 1 else ''}"
                 )
 
-    def put_batch(self, rows: Mapping[str, np.ndarray], *, training: bool = True) -> dict[str, jax.Array]:
+    def put_batch(
+        self, rows: Mapping[str, np.ndarray], *, training: bool = True
+    ) -> dict[str, jax.Array]:
         """Puts this process's rows of a global batch on its devices: (A, B, T) for training, else (B, T).
 
         Raises:
@@ -147,16 +194,26 @@ class Program:
         self.check_rows(rows)
         arrays = {n: np.asarray(x) for n, x in rows.items()}
         if training:
-            arrays = {n: x.reshape(self.batch.accumulate, -1, *x.shape[1:]) for n, x in arrays.items()}
+            arrays = {
+                n: x.reshape(self.batch.accumulate, -1, *x.shape[1:])
+                for n, x in arrays.items()
+            }
         sharding = self._batch_shardings[training]
         if jax.process_count() == 1:
-            return jax.device_put(arrays, sharding)  # half the host time of the general call
-        return {n: jax.make_array_from_process_local_data(sharding, x) for n, x in arrays.items()}
+            return jax.device_put(
+                arrays, sharding
+            )  # half the host time of the general call
+        return {
+            n: jax.make_array_from_process_local_data(sharding, x)
+            for n, x in arrays.items()
+        }
 
     @functools.cached_property
     def _batch_shardings(self) -> tuple[NamedSharding, NamedSharding]:
         """Of a batch for evaluation, and of one for training."""
-        return NamedSharding(self.mesh, P(BATCH_AXES)), NamedSharding(self.mesh, P(None, BATCH_AXES))
+        return NamedSharding(self.mesh, P(BATCH_AXES)), NamedSharding(
+            self.mesh, P(None, BATCH_AXES)
+        )
 
 
 def build_program(
@@ -189,9 +246,21 @@ def build_program(
     placements = place_all(params, dims, sizes, run.zero)
     platform = mesh.devices.flat[0].platform
     compute = jnp.dtype(run.dtype.compute)
-    if platform == "cpu" and compute == jnp.bfloat16 and run.dtype.reduce == "compute" and batch.shards > 1:
-        raise config_error("dtype.reduce", "compute", "XLA dies of a bfloat16 reduction on CPU (jaxlib 0.10)", "give float32")
-    wide = run.dtype.activations == "float32" or (run.dtype.activations == "auto" and platform == "cpu")
+    if (
+        platform == "cpu"
+        and compute == jnp.bfloat16
+        and run.dtype.reduce == "compute"
+        and batch.shards > 1
+    ):
+        raise config_error(
+            "dtype.reduce",
+            "compute",
+            "XLA dies of a bfloat16 reduction on CPU (jaxlib 0.10)",
+            "give float32",
+        )
+    wide = run.dtype.activations == "float32" or (
+        run.dtype.activations == "auto" and platform == "cpu"
+    )
     spec = StepSpec(
         graphdef=graphdef,
         placements=placements,
@@ -206,9 +275,17 @@ def build_program(
         dropout=custom or getattr(run.model, "dropout", 1.0) > 0.0,
     )  # fmt: skip
     schedule = make_schedule(run.schedule, run.optim.lr, run.steps)
-    masters = jax.tree.map(lambda place: NamedSharding(mesh, place.spec("master")), placements, is_leaf=is_placement)
+    masters = jax.tree.map(
+        lambda place: NamedSharding(mesh, place.spec("master")),
+        placements,
+        is_leaf=is_placement,
+    )
     tx = make_optimizer(run.optim, run.schedule, run.steps, dims, placements=masters)
-    init = make_init(lambda key: nn.initialise(lambda: make_model(nn.rngs(key))), tx, _loss_scale(run))
+    init = make_init(
+        lambda key: nn.initialise(lambda: make_model(nn.rngs(key))),
+        tx,
+        _loss_scale(run),
+    )
     abstract = jax.eval_shape(init, jax.random.key(0))
     abstract = with_shardings(abstract, state_shardings(abstract, placements, mesh))
     return Program(run, batch, spec, tx, schedule, abstract, init)
@@ -219,15 +296,33 @@ def notices(program: Program) -> list[str]:
     run, sizes = program.run, program.mesh.shape
     said = []
     if run.zero.stage and sizes["fsdp"] == 1:
-        said.append(f"zero.stage={run.zero.stage} shards nothing here: mesh.fsdp is 1 (one shard holds all)")
-    odd = [place for place in jax.tree.leaves(program.spec.placements, is_leaf=dataclasses.is_dataclass) if place.zero_dim is None]
+        said.append(
+            f"zero.stage={run.zero.stage} shards nothing here: mesh.fsdp is 1 (one shard holds all)"
+        )
+    odd = [
+        place
+        for place in jax.tree.leaves(
+            program.spec.placements, is_leaf=dataclasses.is_dataclass
+        )
+        if place.zero_dim is None
+    ]
     if odd and run.zero.stage and sizes["fsdp"] > 1:
         count = sum(math.prod(place.shape) for place in odd)
-        said.append(f"{len(odd)} parameters ({count:,} elements) stay whole: none of their dims divides by mesh.fsdp={sizes['fsdp']}")
-    split = [p for p in jax.tree.leaves(program.spec.placements, is_leaf=dataclasses.is_dataclass) if p.tensor_dim is None and math.prod(p.shape) > 1e6]
+        said.append(
+            f"{len(odd)} parameters ({count:,} elements) stay whole: none of their dims divides by mesh.fsdp={sizes['fsdp']}"
+        )
+    split = [
+        p
+        for p in jax.tree.leaves(
+            program.spec.placements, is_leaf=dataclasses.is_dataclass
+        )
+        if p.tensor_dim is None and math.prod(p.shape) > 1e6
+    ]
     if sizes["tensor"] > 1 and split:
         shapes = ", ".join(str(p.shape) for p in split)
-        said.append(f"not split over mesh.tensor={sizes['tensor']} (no dim that may be divides): {shapes}")
+        said.append(
+            f"not split over mesh.tensor={sizes['tensor']} (no dim that may be divides): {shapes}"
+        )
     return said
 
 

@@ -11,7 +11,14 @@ from typing import Any
 import jax
 
 
-PRODUCTS = frozenset({"dot_general", "conv_general_dilated", "pallas_call", "dot_product_attention_fwd_wrapper"})
+PRODUCTS = frozenset(
+    {
+        "dot_general",
+        "conv_general_dilated",
+        "pallas_call",
+        "dot_product_attention_fwd_wrapper",
+    }
+)
 """Primitives whose results are dear: matrix products and attention kernels."""
 
 PROBABILITIES_NAME = "probabilities"

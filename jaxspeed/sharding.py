@@ -40,6 +40,7 @@ pass read, gathered layer by layer.
 TENSOR_DIMS = frozenset({"heads", "kv_heads", "mlp", "vocab"})
 """Logical dims that the `tensor` axis splits."""
 
+
 @dataclass(frozen=True)
 class Placement:
     """Where one parameter and its kin live. Dims are counted from the end, so that a layer's slice of a stacked parameter has the same placement."""
@@ -80,7 +81,12 @@ class Placement:
         return P(*axes)
 
 
-def place(shape: tuple[int, ...], dims: tuple[str | None, ...] | None, sizes: Mapping[str, int], zero: ZeroConfig) -> Placement:
+def place(
+    shape: tuple[int, ...],
+    dims: tuple[str | None, ...] | None,
+    sizes: Mapping[str, int],
+    zero: ZeroConfig,
+) -> Placement:
     """Returns where a parameter lives.
 
     The dim over `fsdp` is the largest one that divides, other than `layers` (which a scan
@@ -95,19 +101,39 @@ def place(shape: tuple[int, ...], dims: tuple[str | None, ...] | None, sizes: Ma
     dims = dims or (None,) * len(shape)
     assert len(dims) == len(shape), (dims, shape)
     free = [i for i, name in enumerate(dims) if name != "layers"]
-    tensor = next((i for i in free if dims[i] in TENSOR_DIMS and shape[i] % sizes["tensor"] == 0), None) if sizes["tensor"] > 1 else None
+    tensor = (
+        next(
+            (
+                i
+                for i in free
+                if dims[i] in TENSOR_DIMS and shape[i] % sizes["tensor"] == 0
+            ),
+            None,
+        )
+        if sizes["tensor"] > 1
+        else None
+    )
     whole = [i for i in free if i != tensor and shape[i] % sizes["fsdp"] == 0]
-    best = max(whole, key=lambda i: shape[i], default=None) if sizes["fsdp"] > 1 else None
+    best = (
+        max(whole, key=lambda i: shape[i], default=None) if sizes["fsdp"] > 1 else None
+    )
     sharded = SHARDED[zero.stage]
     if math.prod(shape[i] for i in free) < zero.param_persistence_threshold:
         sharded -= {"compute"}
-    negative = lambda i: None if i is None else i - len(shape)  # noqa: E731
+    negative = lambda i: None if i is None else i - len(shape)
     return Placement(shape, dims, negative(tensor), negative(best), sharded)
 
 
-def place_all(params: PyTree, dims: PyTree, sizes: Mapping[str, int], zero: ZeroConfig) -> PyTree:
+def place_all(
+    params: PyTree, dims: PyTree, sizes: Mapping[str, int], zero: ZeroConfig
+) -> PyTree:
     """Returns a tree of `Placement`s for a tree of (abstract) parameters."""
-    return jax.tree.map(lambda p, d: place(p.shape, d, sizes, zero), params, dims, is_leaf=lambda x: x is None)
+    return jax.tree.map(
+        lambda p, d: place(p.shape, d, sizes, zero),
+        params,
+        dims,
+        is_leaf=lambda x: x is None,
+    )
 
 
 @jax.tree_util.register_dataclass
@@ -133,8 +159,12 @@ class Weight:
         and the compiler drops the pair of casts.
         """
         plan = _Plan(
-            gather=self.placement.zero_dim if "compute" in self.placement.sharded else None,
-            scatter=self.placement.zero_dim if "gradient" in self.placement.sharded else None,
+            gather=self.placement.zero_dim
+            if "compute" in self.placement.sharded
+            else None,
+            scatter=self.placement.zero_dim
+            if "gradient" in self.placement.sharded
+            else None,
             spec=self.placement.tensor_spec(self.copy.ndim),
             compute=current().compute,
             reduce_dtype=self.reduce_dtype,
@@ -168,7 +198,10 @@ def shard(x: Array, *dims: str | None) -> Array:
     settings = current()
     if settings.tensor == 1:
         return x
-    axes = ["tensor" if d in TENSOR_DIMS and n % settings.tensor == 0 else None for d, n in zip(dims, x.shape, strict=True)]
+    axes = [
+        "tensor" if d in TENSOR_DIMS and n % settings.tensor == 0 else None
+        for d, n in zip(dims, x.shape, strict=True)
+    ]
     return jax.lax.with_sharding_constraint(x, P(*axes))
 
 
@@ -207,7 +240,12 @@ def _materialise_bwd(plan: _Plan, _: None, gradient: Array) -> tuple[None, Array
     if plan.constrain:
         gradient = jax.lax.with_sharding_constraint(gradient, plan.spec)
     if plan.scatter is not None:
-        gradient = reduce_scatter(gradient, plan.scatter % plan.ndim, plan.reduce_dtype, plan.spec if plan.constrain else None)
+        gradient = reduce_scatter(
+            gradient,
+            plan.scatter % plan.ndim,
+            plan.reduce_dtype,
+            plan.spec if plan.constrain else None,
+        )
     return None, gradient
 
 
@@ -223,23 +261,33 @@ def all_gather(shard: Array, dim: int, dtype: Any, tensor: P | None) -> Array:
         dtype: of the result.
         tensor: its partition over `tensor`; None where that axis has size 1.
     """
-    gather = functools.partial(jax.lax.all_gather, axis_name="fsdp", axis=dim, tiled=True)
+    gather = functools.partial(
+        jax.lax.all_gather, axis_name="fsdp", axis=dim, tiled=True
+    )
     return _with_tensor_manual(gather, tensor)(shard.astype(dtype))
 
 
 def reduce_scatter(gradient: Array, dim: int, dtype: Any, tensor: P | None) -> Array:
     """Returns this device's float32 shard, along `dim`, of the sum over `fsdp`, sent as `dtype`; see `all_gather`."""
-    scatter = functools.partial(jax.lax.psum_scatter, axis_name="fsdp", scatter_dimension=dim, tiled=True)
-    return _with_tensor_manual(scatter, tensor)(gradient.astype(dtype)).astype(jnp.float32)
+    scatter = functools.partial(
+        jax.lax.psum_scatter, axis_name="fsdp", scatter_dimension=dim, tiled=True
+    )
+    return _with_tensor_manual(scatter, tensor)(gradient.astype(dtype)).astype(
+        jnp.float32
+    )
 
 
-def all_reduce(gradient: Array, axes: str | tuple[str, ...], dtype: Any, tensor: P | None) -> Array:
+def all_reduce(
+    gradient: Array, axes: str | tuple[str, ...], dtype: Any, tensor: P | None
+) -> Array:
     """Returns the float32 sum over these axes, sent as `dtype`; see `all_gather`."""
     add = functools.partial(jax.lax.psum, axis_name=axes)
     return _with_tensor_manual(add, tensor)(gradient.astype(dtype)).astype(jnp.float32)
 
 
-def _with_tensor_manual(collective: Callable[[Array], Array], tensor: P | None) -> Callable[[Array], Array]:
+def _with_tensor_manual(
+    collective: Callable[[Array], Array], tensor: P | None
+) -> Callable[[Array], Array]:
     """Returns the collective, each device of the `tensor` axis doing its own part of it.
 
     Where that axis is left to the compiler it gathers the operand over `tensor` first, twice the
@@ -247,4 +295,10 @@ def _with_tensor_manual(collective: Callable[[Array], Array], tensor: P | None) 
     """
     if tensor is None:
         return collective
-    return jax.shard_map(collective, in_specs=tensor, out_specs=tensor, axis_names={"tensor"}, check_vma=False)
+    return jax.shard_map(
+        collective,
+        in_specs=tensor,
+        out_specs=tensor,
+        axis_names={"tensor"},
+        check_vma=False,
+    )

@@ -13,7 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jaxspeed.config import LossScaleConfig
 from jaxspeed.loss_scale import init_loss_scale
@@ -23,7 +24,9 @@ from jaxspeed.types import Params, PyTree
 
 
 def make_init(
-    make_params: Callable[[jax.Array], Params], tx: optax.GradientTransformation, loss_scale: LossScaleConfig | None
+    make_params: Callable[[jax.Array], Params],
+    tx: optax.GradientTransformation,
+    loss_scale: LossScaleConfig | None,
 ) -> Callable[[jax.Array], PyTree]:
     """Returns `key -> state`; to be jitted with out_shardings, never called eagerly on a large model."""
 
@@ -46,18 +49,31 @@ def state_shardings(abstract: PyTree, placements: PyTree, mesh: Mesh) -> PyTree:
     """Returns a NamedSharding for every leaf of the state: masters and their optimizer moments by placement, scalars whole."""
     whole = NamedSharding(mesh, P())
     params = jax.tree.map(
-        lambda place: NamedSharding(mesh, place.spec("master")), placements, is_leaf=lambda x: isinstance(x, Placement)
+        lambda place: NamedSharding(mesh, place.spec("master")),
+        placements,
+        is_leaf=lambda x: isinstance(x, Placement),
     )
-    shardings = {name: jax.tree.map(lambda _: whole, part) for name, part in abstract.items() if name not in ("params", "opt")}
+    shardings = {
+        name: jax.tree.map(lambda _: whole, part)
+        for name, part in abstract.items()
+        if name not in ("params", "opt")
+    }
     opt = map_like_params(abstract["opt"], abstract["params"], params, whole)
     return {**shardings, "params": params, "opt": opt}
 
 
 def with_shardings(abstract: PyTree, shardings: PyTree) -> PyTree:
     """Returns the abstract state with its shardings, as checkpoints and ahead-of-time compilation want it."""
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        abstract,
+        shardings,
+    )
 
 
 def bytes_per_device(abstract: Any) -> int:
     """Returns the bytes that a tree of sharded abstract (or real) arrays takes on one device."""
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(abstract))
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+        for x in jax.tree.leaves(abstract)
+    )

@@ -15,14 +15,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, PartitionSpec as P
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from jaxspeed.ambient import Ambient, ambient
 from jaxspeed.config import BATCH_AXES, LossScaleConfig
 from jaxspeed.loss_scale import update_loss_scale
 from jaxspeed.nn import merge
 from jaxspeed.optim import update_count
-from jaxspeed.sharding import Placement, Weight, all_gather, all_reduce, is_placement, is_weight, reduce_scatter
+from jaxspeed.sharding import (
+    Placement,
+    Weight,
+    all_gather,
+    all_reduce,
+    is_placement,
+    is_weight,
+    reduce_scatter,
+)
 from jaxspeed.types import Batch, LossFn, Params, PyTree, Sums
 
 
@@ -58,30 +67,54 @@ def make_grad_fn(spec: StepSpec) -> GradFn:
     the summed loss times loss_scale * seed_scale, and lie where the master parameters lie. The
     sums are per micro-step, (A,).
     """
-    def local(params: Params, batch: Batch, loss_scale: jax.Array, key: jax.Array) -> tuple[PyTree, Sums]:
+
+    def local(
+        params: Params, batch: Batch, loss_scale: jax.Array, key: jax.Array
+    ) -> tuple[PyTree, Sums]:
         frozen = compute_weights(spec, params)
         device_key = jax.random.fold_in(key, jax.lax.axis_index(BATCH_AXES))
 
-        def micro_step(total: PyTree, xs: tuple[Batch, jax.Array]) -> tuple[PyTree, Sums]:
+        def micro_step(
+            total: PyTree, xs: tuple[Batch, jax.Array]
+        ) -> tuple[PyTree, Sums]:
             micro_batch, index = xs
-            dropout_key = jax.random.fold_in(device_key, index) if spec.dropout else None
+            dropout_key = (
+                jax.random.fold_in(device_key, index) if spec.dropout else None
+            )
 
             def scaled_loss(slots: PyTree) -> tuple[jax.Array, Sums]:
-                weights = jax.tree.map(lambda w, slot: dataclasses.replace(w, slot=slot), frozen, slots, is_leaf=is_weight)
+                weights = jax.tree.map(
+                    lambda w, slot: dataclasses.replace(w, slot=slot),
+                    frozen,
+                    slots,
+                    is_leaf=is_weight,
+                )
                 with ambient(spec.settings, dropout_key=dropout_key):
-                    sums = Sums(*spec.loss_fn(merge(spec.graphdef, weights), micro_batch))
+                    sums = Sums(
+                        *spec.loss_fn(merge(spec.graphdef, weights), micro_batch)
+                    )
                 return sums.total * (loss_scale * spec.seed_scale), sums
 
             gradients, sums = jax.grad(scaled_loss, has_aux=True)(slots)
             return jax.tree.map(jnp.add, total, gradients), sums
 
-        slots = jax.tree.map(lambda p, place: _slot(p, place, spec.mesh), params, spec.placements)
+        slots = jax.tree.map(
+            lambda p, place: _slot(p, place, spec.mesh), params, spec.placements
+        )
         steps = jnp.arange(jax.tree.leaves(batch)[0].shape[0])
         gradients, sums = jax.lax.scan(micro_step, slots, (dict(batch), steps))
-        gradients = jax.tree.map(lambda g, place: _final_reduction(g, place, spec), gradients, spec.placements)
+        gradients = jax.tree.map(
+            lambda g, place: _final_reduction(g, place, spec),
+            gradients,
+            spec.placements,
+        )
         return gradients, jax.tree.map(lambda x: jax.lax.psum(x, BATCH_AXES), sums)
 
-    masters = jax.tree.map(lambda place: place.spec("master", manual_only=True), spec.placements, is_leaf=is_placement)
+    masters = jax.tree.map(
+        lambda place: place.spec("master", manual_only=True),
+        spec.placements,
+        is_leaf=is_placement,
+    )
     return jax.shard_map(
         local,
         mesh=spec.mesh,
@@ -102,14 +135,28 @@ def manual_axes(mesh: Mesh) -> set[str]:
 
 def make_eval_fn(spec: StepSpec) -> Callable[[Params, Batch], Sums]:
     """Returns `(params, batch) -> sums` without gradients or dropout; batch leaves are (B, T)."""
+
     def local(params: Params, batch: Batch) -> Sums:
         with ambient(spec.settings):
-            sums = Sums(*spec.loss_fn(merge(spec.graphdef, compute_weights(spec, params)), batch))
+            sums = Sums(
+                *spec.loss_fn(
+                    merge(spec.graphdef, compute_weights(spec, params)), batch
+                )
+            )
         return jax.tree.map(lambda x: jax.lax.psum(x, BATCH_AXES), sums)
 
-    masters = jax.tree.map(lambda place: place.spec("master", manual_only=True), spec.placements, is_leaf=is_placement)
+    masters = jax.tree.map(
+        lambda place: place.spec("master", manual_only=True),
+        spec.placements,
+        is_leaf=is_placement,
+    )
     return jax.shard_map(
-        local, mesh=spec.mesh, in_specs=(masters, P(BATCH_AXES)), out_specs=P(), axis_names=manual_axes(spec.mesh), check_vma=False
+        local,
+        mesh=spec.mesh,
+        in_specs=(masters, P(BATCH_AXES)),
+        out_specs=P(),
+        axis_names=manual_axes(spec.mesh),
+        check_vma=False,
     )
 
 
@@ -167,8 +214,13 @@ def make_train_step(
             "train/tokens": jnp.sum(sums.count),
         }
         if loss_scale:
-            new_state["loss_scale"] = update_loss_scale(loss_scale, state["loss_scale"], finite)
-            metrics |= {"train/loss_scale": scale, "train/scale_exhausted": new_state["loss_scale"].exhausted}
+            new_state["loss_scale"] = update_loss_scale(
+                loss_scale, state["loss_scale"], finite
+            )
+            metrics |= {
+                "train/loss_scale": scale,
+                "train/scale_exhausted": new_state["loss_scale"].exhausted,
+            }
         return new_state, metrics
 
     return step
@@ -177,7 +229,11 @@ def make_train_step(
 def compute_weights(spec: StepSpec, params: Params) -> PyTree:
     """Returns the parameters as `Weight`s without gradient slots, from inside a shard_map over the ZeRO axes."""
     return jax.tree.map(
-        lambda p, place: Weight(_compute_copy(p, place, spec), None, place, spec.reduce_dtype), params, spec.placements
+        lambda p, place: Weight(
+            _compute_copy(p, place, spec), None, place, spec.reduce_dtype
+        ),
+        params,
+        spec.placements,
     )
 
 
@@ -187,27 +243,48 @@ def _compute_copy(master: jax.Array, place: Placement, spec: StepSpec) -> jax.Ar
     Where it needs a gather now, the shard is cast first (half the bytes). Where the master is
     whole already it is used as it is and cast at each use, so that no second copy exists.
     """
-    if place.zero_dim is None or "master" not in place.sharded or "compute" in place.sharded:
+    if (
+        place.zero_dim is None
+        or "master" not in place.sharded
+        or "compute" in place.sharded
+    ):
         return master
-    return all_gather(master, place.zero_dim % master.ndim, spec.settings.compute, _tensor(place, spec))
+    return all_gather(
+        master,
+        place.zero_dim % master.ndim,
+        spec.settings.compute,
+        _tensor(place, spec),
+    )
 
 
 def _slot(master: jax.Array, place: Placement, mesh: Mesh) -> jax.Array:
     """Returns zeros of the shape in which a parameter's gradient is accumulated."""
     shape = list(master.shape)
-    if place.zero_dim is not None and "master" in place.sharded and "gradient" not in place.sharded:
+    if (
+        place.zero_dim is not None
+        and "master" in place.sharded
+        and "gradient" not in place.sharded
+    ):
         shape[place.zero_dim] *= mesh.shape["fsdp"]
     zeros = jnp.zeros(shape, jnp.float32)
-    return jax.lax.with_sharding_constraint(zeros, place.tensor_spec(len(shape))) if mesh.shape["tensor"] > 1 else zeros
+    return (
+        jax.lax.with_sharding_constraint(zeros, place.tensor_spec(len(shape)))
+        if mesh.shape["tensor"] > 1
+        else zeros
+    )
 
 
-def _final_reduction(gradient: jax.Array, place: Placement, spec: StepSpec) -> jax.Array:
+def _final_reduction(
+    gradient: jax.Array, place: Placement, spec: StepSpec
+) -> jax.Array:
     """Sums an accumulated gradient over what it has not been summed over yet, and leaves the master's shard."""
     tensor = _tensor(place, spec)
     if place.zero_dim is None or "master" not in place.sharded:
         return all_reduce(gradient, BATCH_AXES, spec.reduce_dtype, tensor)
     if "gradient" not in place.sharded:
-        gradient = reduce_scatter(gradient, place.zero_dim % gradient.ndim, spec.reduce_dtype, tensor)
+        gradient = reduce_scatter(
+            gradient, place.zero_dim % gradient.ndim, spec.reduce_dtype, tensor
+        )
     if spec.mesh.shape["data"] > 1:
         gradient = all_reduce(gradient, "data", spec.reduce_dtype, tensor)
     return gradient
@@ -215,4 +292,6 @@ def _final_reduction(gradient: jax.Array, place: Placement, spec: StepSpec) -> j
 
 def _tensor(place: Placement, spec: StepSpec) -> P | None:
     """Returns a parameter's partition over `tensor`; None where that axis has size 1."""
-    return place.tensor_spec(len(place.shape)) if spec.mesh.shape["tensor"] > 1 else None
+    return (
+        place.tensor_spec(len(place.shape)) if spec.mesh.shape["tensor"] > 1 else None
+    )

@@ -30,7 +30,7 @@ class Sums(NamedTuple):
     """
 
     total: Float[Array, ""]
-    count: Float[Array, ""]
+    count: Float[Array, ""]  # pyright: ignore[reportIncompatibleMethodOverride]
 
 
 LossFn = Callable[[Any, Batch], Sums]

@@ -64,7 +64,9 @@ class Config:
         """Returns the number of parameters."""
         D, F = self.d_model, self.ff
         block = 4 * D * D + 4 * D + 2 * D * F + F + D + 4 * D
-        return (self.vocab_size + self.max_seq_len) * D + self.num_layers * block + 2 * D
+        return (
+            (self.vocab_size + self.max_seq_len) * D + self.num_layers * block + 2 * D
+        )
 
     def flops_per_token(self, seq_len: int) -> float:
         """Returns model FLOPs of forward and backward for one token, attention counted causally."""
@@ -110,7 +112,9 @@ class Attention(nnx.Module):
         self.bv = param(ZEROS, rngs, (N, H), ("heads", "head_dim"))
         self.bo = param(ZEROS, rngs, (D,), ("embed",))
 
-    def __call__(self, x: Float[Array, "B T D"], segment_ids: Int[Array, "B T"] | None) -> Float[Array, "B T D"]:
+    def __call__(
+        self, x: Float[Array, "B T D"], segment_ids: Int[Array, "B T"] | None
+    ) -> Float[Array, "B T D"]:
         heads = ("batch", "seq", "heads", "head_dim")
         q = shard(ops.linear(x, self.wq[...], self.bq[...]), *heads)
         k = shard(ops.linear(x, self.wk[...], self.bk[...]), *heads)
@@ -145,9 +149,13 @@ class Block(nnx.Module):
         self.mlp_norm = LayerNorm(cfg, rngs)
         self.mlp = MLP(cfg, rngs)
 
-    def __call__(self, x: Float[Array, "B T D"], segment_ids: Int[Array, "B T"] | None) -> Float[Array, "B T D"]:
+    def __call__(
+        self, x: Float[Array, "B T D"], segment_ids: Int[Array, "B T"] | None
+    ) -> Float[Array, "B T D"]:
         x = shard(x, "batch", "seq", "embed")
-        x = x + ops.dropout(self.attn(self.attn_norm(x), segment_ids), self.dropout, site=0)
+        x = x + ops.dropout(
+            self.attn(self.attn_norm(x), segment_ids), self.dropout, site=0
+        )
         return x + ops.dropout(self.mlp(self.mlp_norm(x)), self.dropout, site=1)
 
 
@@ -156,8 +164,15 @@ class GPT2(nnx.Module):
 
     def __init__(self, cfg: Config, rngs: nnx.Rngs) -> None:
         self.dropout = cfg.dropout
-        self.embed = param(NORMAL, rngs, (cfg.vocab_size, cfg.d_model), ("vocab", "embed"))
-        self.positions = param(jax.nn.initializers.normal(0.01), rngs, (cfg.max_seq_len, cfg.d_model), ("seq", "embed"))
+        self.embed = param(
+            NORMAL, rngs, (cfg.vocab_size, cfg.d_model), ("vocab", "embed")
+        )
+        self.positions = param(
+            jax.nn.initializers.normal(0.01),
+            rngs,
+            (cfg.max_seq_len, cfg.d_model),
+            ("seq", "embed"),
+        )
         self.layers = Layers(lambda rngs: Block(cfg, rngs), cfg.num_layers, rngs)
         self.final_norm = LayerNorm(cfg, rngs)
 
@@ -170,9 +185,13 @@ class GPT2(nnx.Module):
         """Returns the normalised last hidden states."""
         if positions is None:
             if inputs.shape[1] > (limit := self.positions.shape[0]):
-                raise ValueError(f"inputs have {inputs.shape[1]} tokens; the model has {limit} positions; raise model.max_seq_len")
+                raise ValueError(
+                    f"inputs have {inputs.shape[1]} tokens; the model has {limit} positions; raise model.max_seq_len"
+                )
             positions = jnp.broadcast_to(jnp.arange(inputs.shape[1]), inputs.shape)
-        x = ops.embed(self.embed[...], inputs) + ops.embed(self.positions[...], positions)
+        x = ops.embed(self.embed[...], inputs) + ops.embed(
+            self.positions[...], positions
+        )
         x = ops.dropout(x, self.dropout, site=2)
         return self.final_norm(self.layers(x, segment_ids))
 
@@ -187,4 +206,6 @@ class GPT2(nnx.Module):
         segment_ids: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T V"]:
         """Returns the logits."""
-        return ops.linear(self.hidden(inputs, positions, segment_ids), self.output_embedding().T)
+        return ops.linear(
+            self.hidden(inputs, positions, segment_ids), self.output_embedding().T
+        )

@@ -53,7 +53,9 @@ class Config:
                 f"model.num_heads={self.num_heads} does not divide by model.num_kv_heads={self.num_kv_heads}; give a divisor of num_heads"
             )
         if self.head_dim % 2:
-            raise ValueError(f"model.head_dim={self.head_dim} is odd; rotary embedding pairs its halves, so give an even number")
+            raise ValueError(
+                f"model.head_dim={self.head_dim} is odd; rotary embedding pairs its halves, so give an even number"
+            )
 
     def build(self, rngs: nnx.Rngs) -> "Llama":
         """Returns a new model."""
@@ -61,20 +63,43 @@ class Config:
 
     def num_params(self) -> int:
         """Returns the number of parameters."""
-        D, N, K, H, F = self.d_model, self.num_heads, self.num_kv_heads, self.head_dim, self.d_ff
+        D, N, K, H, F = (
+            self.d_model,
+            self.num_heads,
+            self.num_kv_heads,
+            self.head_dim,
+            self.d_ff,
+        )
         block = 2 * D * N * H + 2 * D * K * H + 3 * D * F + 2 * D
-        return (1 if self.tie_embeddings else 2) * self.vocab_size * D + self.num_layers * block + D
+        return (
+            (1 if self.tie_embeddings else 2) * self.vocab_size * D
+            + self.num_layers * block
+            + D
+        )
 
     def flops_per_token(self, seq_len: int) -> float:
         """Returns model FLOPs of forward and backward for one token, attention counted causally."""
-        D, N, K, H, F = self.d_model, self.num_heads, self.num_kv_heads, self.head_dim, self.d_ff
-        matmul = self.num_layers * (2 * D * N * H + 2 * D * K * H + 3 * D * F) + self.vocab_size * D
+        D, N, K, H, F = (
+            self.d_model,
+            self.num_heads,
+            self.num_kv_heads,
+            self.head_dim,
+            self.d_ff,
+        )
+        matmul = (
+            self.num_layers * (2 * D * N * H + 2 * D * K * H + 3 * D * F)
+            + self.vocab_size * D
+        )
         return 6.0 * matmul + 6.0 * self.num_layers * seq_len * N * H
 
 
 LLAMA2_7B = Config()
 LLAMA3_8B = Config(
-    vocab_size=128_256, max_seq_len=8192, num_kv_heads=8, d_ff=14_336, rope_theta=500_000.0
+    vocab_size=128_256,
+    max_seq_len=8192,
+    num_kv_heads=8,
+    d_ff=14_336,
+    rope_theta=500_000.0,
 )
 
 NORMAL = jax.nn.initializers.normal(0.02)
@@ -89,6 +114,7 @@ class RMSNorm(nnx.Module):
         self.scale = param(ONES, rngs, (cfg.d_model,), ("embed",))
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Returns x normalised."""
         return ops.rms_norm(x, self.scale[...], eps=self.eps)
 
 
@@ -104,13 +130,22 @@ class Attention(nnx.Module):
         self.wo = param(NORMAL, rngs, (N, H, D), ("heads", "head_dim", "embed"))
 
     def __call__(
-        self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None
+        self,
+        x: Float[Array, "B T D"],
+        positions: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"] | None,
     ) -> Float[Array, "B T D"]:
+        """Returns what each position gathers from the earlier ones of its document."""
         q = shard(ops.linear(x, self.wq[...]), "batch", "seq", "heads", "head_dim")
         k = shard(ops.linear(x, self.wk[...]), "batch", "seq", "kv_heads", "head_dim")
         v = shard(ops.linear(x, self.wv[...]), "batch", "seq", "kv_heads", "head_dim")
-        q, k = ops.rotate(q, positions, theta=self.theta), ops.rotate(k, positions, theta=self.theta)
-        attended = shard(ops.attention(q, k, v, segment_ids), "batch", "seq", "heads", "head_dim")
+        q, k = (
+            ops.rotate(q, positions, theta=self.theta),
+            ops.rotate(k, positions, theta=self.theta),
+        )
+        attended = shard(
+            ops.attention(q, k, v, segment_ids), "batch", "seq", "heads", "head_dim"
+        )
         return ops.linear(attended, self.wo[...], contract=2)
 
 
@@ -124,8 +159,11 @@ class MLP(nnx.Module):
         self.w_down = param(NORMAL, rngs, (F, D), ("mlp", "embed"))
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Returns w_down(silu(w_gate(x)) * w_up(x))."""
         gate, up = ops.linear(x, self.w_gate[...]), ops.linear(x, self.w_up[...])
-        return ops.linear(shard(ops.silu_gate(gate, up), "batch", "seq", "mlp"), self.w_down[...])
+        return ops.linear(
+            shard(ops.silu_gate(gate, up), "batch", "seq", "mlp"), self.w_down[...]
+        )
 
 
 class Block(nnx.Module):
@@ -139,10 +177,16 @@ class Block(nnx.Module):
         self.mlp = MLP(cfg, rngs)
 
     def __call__(
-        self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None
+        self,
+        x: Float[Array, "B T D"],
+        positions: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"] | None,
     ) -> Float[Array, "B T D"]:
+        """Returns the residual stream after this block."""
         x = shard(x, "batch", "seq", "embed")
-        x = x + ops.dropout(self.attn(self.attn_norm(x), positions, segment_ids), self.dropout, site=0)
+        x = x + ops.dropout(
+            self.attn(self.attn_norm(x), positions, segment_ids), self.dropout, site=0
+        )
         return x + ops.dropout(self.mlp(self.mlp_norm(x)), self.dropout, site=1)
 
 
@@ -151,11 +195,15 @@ class Llama(nnx.Module):
 
     def __init__(self, cfg: Config, rngs: nnx.Rngs) -> None:
         self.tied = cfg.tie_embeddings
-        self.embed = param(NORMAL, rngs, (cfg.vocab_size, cfg.d_model), ("vocab", "embed"))
+        self.embed = param(
+            NORMAL, rngs, (cfg.vocab_size, cfg.d_model), ("vocab", "embed")
+        )
         self.layers = Layers(lambda rngs: Block(cfg, rngs), cfg.num_layers, rngs)
         self.final_norm = RMSNorm(cfg, rngs)
         if not cfg.tie_embeddings:
-            self.lm_head = param(NORMAL, rngs, (cfg.vocab_size, cfg.d_model), ("vocab", "embed"))
+            self.lm_head = param(
+                NORMAL, rngs, (cfg.vocab_size, cfg.d_model), ("vocab", "embed")
+            )
 
     def hidden(
         self,
@@ -166,7 +214,9 @@ class Llama(nnx.Module):
         """Returns the normalised last hidden states."""
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(inputs.shape[1]), inputs.shape)
-        return self.final_norm(self.layers(ops.embed(self.embed[...], inputs), positions, segment_ids))
+        return self.final_norm(
+            self.layers(ops.embed(self.embed[...], inputs), positions, segment_ids)
+        )
 
     def output_embedding(self) -> Float[Array, "V D"]:
         """Returns the output embedding."""
@@ -179,4 +229,6 @@ class Llama(nnx.Module):
         segment_ids: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T V"]:
         """Returns the logits."""
-        return ops.linear(self.hidden(inputs, positions, segment_ids), self.output_embedding().T)
+        return ops.linear(
+            self.hidden(inputs, positions, segment_ids), self.output_embedding().T
+        )

@@ -100,5 +100,5 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--matrix",
         choices=["covering", "full"],
         default="covering",
-        help="tests/dist/test_equivalence.py: a selection that covers all pairs, or the whole product",
+        help="equivalence tests: a selection that covers all pairs, or the whole product",
     )

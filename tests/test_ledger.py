@@ -440,7 +440,7 @@ TPU_CHAIN = f"""HloModule chain, is_scheduled=true, num_partitions=8
   %next = s32[] add(%j, %by)
   ROOT %tuple = (s32[], bf16[8,4]{{1,0}}, s32[]) tuple(%next, %cut, %by)
 }}
-{TPU_LOOP}"""  # noqa: E501
+{TPU_LOOP}"""
 
 
 def test_tpu_chain_of_fusions_is_one_overlapped_gather() -> None:
@@ -486,7 +486,7 @@ ENTRY %main (g: f32[1024,16]) -> f32[96,16] {
   %collective-permute-start = (f32[96,16]{1,0}, f32[96,16]{1,0}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%slice), channel_id=1, source_target_pairs={{0,1},{1,2},{2,3},{4,5},{5,6},{6,7}}
   ROOT %collective-permute-done = f32[96,16]{1,0} collective-permute-done(%collective-permute-start)
 }
-"""  # noqa: E501
+"""
 
 
 def test_tpu_fusion_of_all_reduce_and_slice_is_a_padded_reduce_scatter() -> None:
@@ -554,7 +554,7 @@ ENTRY %main (e0: f32[4,64,8], e1: f32[1024,8], e2: u32[]) -> f32[4,64,8] {{
   %loop = (s32[], f32[4,64,8]{{2,1,0}}, f32[1024,8]{{1,0}}, u32[]) while(%init), condition=%cond, body=%body
   ROOT %out = f32[4,64,8]{{2,1,0}} get-tuple-element(%loop), index=1
 }}
-"""  # noqa: E501
+"""
 
 
 @pytest.mark.parametrize(("offset", "sliced"), [("%id", True), ("%e2", False)])
@@ -595,7 +595,7 @@ ENTRY %main (a: bf16[64,4], b: bf16[16,8], g: f32[256,4]) -> f32[64,4] {{
   %update = ((f32[256,4]{{1,0}}), f32[64,4]{{1,0}}) async-update(%reduce-scatter-start), calls=%async_computation
   ROOT %reduce-scatter-done = f32[64,4]{{1,0}} async-done(%update), calls=%async_computation
 }}
-"""  # noqa: E501
+"""
 
 
 def test_gpu_start_and_done_are_one_collective() -> None:
@@ -633,7 +633,7 @@ ENTRY %main (p: f32[64,4]) -> f32[16,4] {
   %call-start = ((f32[64,4]{1,0}, token[]), f32[16,4]{1,0}) call-start(%p, %token), async_execution_thread="sparsecore", to_apply=%called_computation
   ROOT %call-done = f32[16,4]{1,0} call-done(%call-start)
 }
-"""  # noqa: E501
+"""
 
 
 def test_collective_on_another_core_is_overlapped() -> None:

@@ -38,37 +38,66 @@ def attention(
         segment_ids: document of each token in the row; None: one document.
     """
     settings = current()
-    chosen, _ = choose_attention(settings.attention, settings.platform, settings.compute, q.shape, k.shape, segment_ids is not None)
+    chosen, _ = choose_attention(
+        settings.attention,
+        settings.platform,
+        settings.compute,
+        q.shape,
+        k.shape,
+        segment_ids is not None,
+    )
     if chosen != "cpu":  # which names its own, in the layout that it reads
-        q, k, v = (checkpoint_name(x, name) for x, name in ((q, "q"), (k, "k"), (v, "v")))
+        q, k, v = (
+            checkpoint_name(x, name) for x, name in ((q, "q"), (k, "k"), (v, "v"))
+        )
     kernel = _KERNELS[chosen]
     if settings.tensor > 1 and chosen in ("splash", "cudnn"):
         kernel = _over_tensor(kernel, settings.tensor, q.shape[2], k.shape[2])
-    out = kernel(q.astype(settings.compute), k.astype(settings.compute), v.astype(settings.compute), segment_ids)
+    out = kernel(
+        q.astype(settings.compute),
+        k.astype(settings.compute),
+        v.astype(settings.compute),
+        segment_ids,
+    )
     return checkpoint_name(out.astype(settings.activations), "attended")
 
 
 @functools.cache
 def choose_attention(
-    asked: str, platform: str, compute: Any, q_shape: tuple[int, ...], k_shape: tuple[int, ...], segments: bool
+    asked: str,
+    platform: str,
+    compute: Any,
+    q_shape: tuple[int, ...],
+    k_shape: tuple[int, ...],
+    segments: bool,
 ) -> tuple[str, str]:
     """Returns (kernel, why) for this device, dtype and shape; says so once in the log.
 
     Raises:
         ConfigError: the kernel asked for cannot run here.
     """
-    refusals = {name: refuse(platform, jnp.dtype(compute).name, q_shape, k_shape, segments) for name, refuse in _REFUSALS.items()}
+    refusals = {
+        name: refuse(platform, jnp.dtype(compute).name, q_shape, k_shape, segments)
+        for name, refuse in _REFUSALS.items()
+    }
     if asked != "auto":
         if refusals[asked]:
-            raise ConfigError(f"attention={asked!r} cannot run here: {refusals[asked]}; give auto")
+            raise ConfigError(
+                f"attention={asked!r} cannot run here: {refusals[asked]}; give auto"
+            )
         return asked, "asked for"
     chosen = next(name for name, why_not in refusals.items() if not why_not)
-    why = "; ".join(f"{name}: {why_not}" for name, why_not in refusals.items() if why_not) or "first choice"
+    why = (
+        "; ".join(f"{name}: {why_not}" for name, why_not in refusals.items() if why_not)
+        or "first choice"
+    )
     logger.info("attention kernel: %s (%s)", chosen, why)
     return chosen, why
 
 
-def _over_tensor(kernel: Callable[..., Array], size: int, query_heads: int, key_heads: int) -> Callable[..., Array]:
+def _over_tensor(
+    kernel: Callable[..., Array], size: int, query_heads: int, key_heads: int
+) -> Callable[..., Array]:
     """Returns the kernel run on each device's own heads: the compiler cannot partition it."""
     if query_heads % size or key_heads % size:
         raise ConfigError(
@@ -78,14 +107,24 @@ def _over_tensor(kernel: Callable[..., Array], size: int, query_heads: int, key_
     heads = P(None, None, "tensor", None)
 
     def run(q: Array, k: Array, v: Array, segment_ids: Array | None) -> Array:
-        return jax.shard_map(kernel, in_specs=(heads, heads, heads, P()), out_specs=heads, axis_names={"tensor"}, check_vma=False)(
-            q, k, v, segment_ids
-        )
+        return jax.shard_map(
+            kernel,
+            in_specs=(heads, heads, heads, P()),
+            out_specs=heads,
+            axis_names={"tensor"},
+            check_vma=False,
+        )(q, k, v, segment_ids)
 
     return run
 
 
-def _refuse_splash(platform: str, dtype: str, q_shape: tuple[int, ...], k_shape: tuple[int, ...], segments: bool) -> str:
+def _refuse_splash(
+    platform: str,
+    dtype: str,
+    q_shape: tuple[int, ...],
+    k_shape: tuple[int, ...],
+    segments: bool,
+) -> str:
     del segments, k_shape
     if platform != "tpu":
         return "needs a TPU"
@@ -96,7 +135,13 @@ def _refuse_splash(platform: str, dtype: str, q_shape: tuple[int, ...], k_shape:
     return ""
 
 
-def _refuse_cudnn(platform: str, dtype: str, q_shape: tuple[int, ...], k_shape: tuple[int, ...], segments: bool) -> str:
+def _refuse_cudnn(
+    platform: str,
+    dtype: str,
+    q_shape: tuple[int, ...],
+    k_shape: tuple[int, ...],
+    segments: bool,
+) -> str:
     if platform != "gpu":
         return "needs an NVIDIA GPU"
     if dtype == "float32":
@@ -106,7 +151,13 @@ def _refuse_cudnn(platform: str, dtype: str, q_shape: tuple[int, ...], k_shape: 
     return ""
 
 
-def _refuse_cpu(platform: str, dtype: str, q_shape: tuple[int, ...], k_shape: tuple[int, ...], segments: bool) -> str:
+def _refuse_cpu(
+    platform: str,
+    dtype: str,
+    q_shape: tuple[int, ...],
+    k_shape: tuple[int, ...],
+    segments: bool,
+) -> str:
     return "" if platform == "cpu" else "is for CPUs"
 
 
@@ -114,24 +165,41 @@ def _refuse_xla(*_: Any) -> str:
     return ""
 
 
-_REFUSALS = {"splash": _refuse_splash, "cudnn": _refuse_cudnn, "cpu": _refuse_cpu, "xla": _refuse_xla}
+_REFUSALS = {
+    "splash": _refuse_splash,
+    "cudnn": _refuse_cudnn,
+    "cpu": _refuse_cpu,
+    "xla": _refuse_xla,
+}
 
 
 def _mask(segment_ids: Array | None) -> Array | None:
-    return None if segment_ids is None else (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
+    return (
+        None
+        if segment_ids is None
+        else (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
+    )
 
 
 def _xla(q: Array, k: Array, v: Array, segment_ids: Array | None) -> Array:
-    return jax.nn.dot_product_attention(q, k, v, mask=_mask(segment_ids), is_causal=True, implementation="xla")
+    return jax.nn.dot_product_attention(
+        q, k, v, mask=_mask(segment_ids), is_causal=True, implementation="xla"
+    )
 
 
 def _cudnn(q: Array, k: Array, v: Array, segment_ids: Array | None) -> Array:
-    return jax.nn.dot_product_attention(q, k, v, mask=_mask(segment_ids), is_causal=True, implementation="cudnn")
+    return jax.nn.dot_product_attention(
+        q, k, v, mask=_mask(segment_ids), is_causal=True, implementation="cudnn"
+    )
 
 
 def _splash(q: Array, k: Array, v: Array, segment_ids: Array | None) -> Array:
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_kernel as kernel,
+    )
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_mask as masks,
+    )
 
     T, N, K = q.shape[1], q.shape[2], k.shape[2]
     mask = masks.MultiHeadMask([masks.CausalMask((T, T)) for _ in range(N)])
@@ -143,8 +211,11 @@ def _splash(q: Array, k: Array, v: Array, segment_ids: Array | None) -> Array:
     run = kernel.make_splash_mha_single_device(mask, block_sizes=sizes)
     k, v = (jnp.repeat(x, N // K, axis=2) for x in (k, v))
     q, k, v = (x.swapaxes(1, 2) for x in (q * q.shape[-1] ** -0.5, k, v))
-    segments = None if segment_ids is None else kernel.SegmentIds(segment_ids, segment_ids)
-    return jax.vmap(run)(q, k, v, segments).swapaxes(1, 2)
+    segments = (
+        None if segment_ids is None else kernel.SegmentIds(segment_ids, segment_ids)
+    )
+    attended: Any = jax.vmap(run)(q, k, v, segments)
+    return attended.swapaxes(1, 2)
 
 
 _KERNELS = {"splash": _splash, "cudnn": _cudnn, "cpu": cpu_attention, "xla": _xla}

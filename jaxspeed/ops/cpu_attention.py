@@ -7,6 +7,7 @@ ever turned. The probabilities are kept for the backward pass, in the compute dt
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +33,7 @@ def cpu_attention(
     visible = earlier[None]
     if segment_ids is not None:
         visible = visible & (segment_ids[:, :, None] == segment_ids[:, None, :])
-    out = _attend(N, _by_head(q), _by_head(k), _by_head(v), visible)
+    out: Any = _attend(N, _by_head(q), _by_head(k), _by_head(v), visible)
     return out.reshape(N, B, H, T).transpose(1, 3, 0, 2)
 
 
@@ -51,18 +52,27 @@ def _attend(N: int, q: Array, k: Array, v: Array, visible: Array) -> Array:
     return _attend_fwd(N, q, k, v, visible)[0]
 
 
-def _attend_fwd(N: int, q: Array, k: Array, v: Array, visible: Array) -> tuple[Array, tuple[Array, ...]]:
+def _attend_fwd(
+    N: int, q: Array, k: Array, v: Array, visible: Array
+) -> tuple[Array, tuple[Array, ...]]:
     scores = _dot(k, q, 2) * q.shape[-1] ** -0.5
     T = scores.shape[-1]
-    scores = jnp.where(visible[None], scores.reshape(N, -1, T, T), -1e30).reshape(-1, T, T)
+    scores = jnp.where(visible[None], scores.reshape(N, -1, T, T), -1e30).reshape(
+        -1, T, T
+    )
     exps = jnp.exp(scores - jnp.max(scores, axis=1, keepdims=True))
     probs = (exps / jnp.sum(exps, axis=1, keepdims=True)).astype(q.dtype)
     out = _dot(_turned(N, v), probs, 1).astype(q.dtype)
-    kept = [checkpoint_name(pack(x), name) for x, name in ((q, "q"), (k, "k"), (v, "v"), (probs, PROBABILITIES_NAME))]
+    kept = [
+        checkpoint_name(pack(x), name)
+        for x, name in ((q, "q"), (k, "k"), (v, "v"), (probs, PROBABILITIES_NAME))
+    ]
     return out, (*kept, jnp.zeros((0,), q.dtype))
 
 
-def _attend_bwd(N: int, residuals: tuple[Array, ...], g: Array) -> tuple[Array, Array, Array, None]:
+def _attend_bwd(
+    N: int, residuals: tuple[Array, ...], g: Array
+) -> tuple[Array, Array, Array, None]:
     *kept, like = residuals
     q, k, v, probs = (unpack(x, like.dtype) for x in kept)
     dtype, scale = q.dtype, q.shape[-1] ** -0.5
@@ -72,7 +82,12 @@ def _attend_bwd(N: int, residuals: tuple[Array, ...], g: Array) -> tuple[Array, 
     d_scores = p32 * (d_probs - jnp.sum(p32 * d_probs, axis=1, keepdims=True))
     d_scores = (d_scores * scale).astype(dtype)
     d_query = _turned(N, _dot(_turned(N, k), d_scores, 1).astype(dtype))
-    return d_query, _dot(d_scores, q, 1).astype(dtype), _dot(probs, g, 1).astype(dtype), None
+    return (
+        d_query,
+        _dot(d_scores, q, 1).astype(dtype),
+        _dot(probs, g, 1).astype(dtype),
+        None,
+    )
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
@@ -80,7 +95,9 @@ _attend.defvjp(_attend_fwd, _attend_bwd)
 
 def _dot(a: Array, b: Array, contract: int) -> Array:
     """Returns the batched product over the last dim of a and dim `contract` of b, in float32."""
-    return jax.lax.dot_general(a, b, (((2,), (contract,)), ((0,), (0,))), preferred_element_type=jnp.float32)
+    return jax.lax.dot_general(
+        a, b, (((2,), (contract,)), ((0,), (0,))), preferred_element_type=jnp.float32
+    )
 
 
 def _turned(N: int, x: Float[Array, "NB P Q"]) -> Float[Array, "NB Q P"]:

@@ -37,12 +37,22 @@ def fused_cross_entropy(
         mask: which targets count; None counts all.
     """
     d_model, tokens = hidden.shape[-1], targets.size
-    weights = (jnp.ones(targets.shape, jnp.float32) if mask is None else mask.astype(jnp.float32)).reshape(-1)
+    weights = (
+        jnp.ones(targets.shape, jnp.float32)
+        if mask is None
+        else mask.astype(jnp.float32)
+    ).reshape(-1)
     chunk = _chunk_tokens(tokens, embedding.shape[0])
     pad = -tokens % chunk
-    split = lambda x: jnp.pad(x, [(0, pad)] + [(0, 0)] * (x.ndim - 1)).reshape(-1, chunk, *x.shape[1:])  # noqa: E731
-    total = _summed_loss(
-        current().compute, split(hidden.reshape(-1, d_model)), embedding, split(targets.reshape(-1)), split(weights)
+    split = lambda x: jnp.pad(x, [(0, pad)] + [(0, 0)] * (x.ndim - 1)).reshape(
+        -1, chunk, *x.shape[1:]
+    )
+    total: Any = _summed_loss(
+        current().compute,
+        split(hidden.reshape(-1, d_model)),
+        embedding,
+        split(targets.reshape(-1)),
+        split(weights),
     )
     return Sums(total, jnp.sum(weights))
 
@@ -54,7 +64,9 @@ def _chunk_tokens(tokens: int, vocab: int) -> int:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _summed_loss(compute: Any, hidden: Array, embedding: Array, targets: Array, weights: Array) -> Array:
+def _summed_loss(
+    compute: Any, hidden: Array, embedding: Array, targets: Array, weights: Array
+) -> Array:
     table = embedding.astype(compute)
 
     def add(total: Array, chunk: tuple[Array, Array, Array]) -> tuple[Array, None]:
@@ -64,16 +76,22 @@ def _summed_loss(compute: Any, hidden: Array, embedding: Array, targets: Array, 
     return jax.lax.scan(add, jnp.zeros((), jnp.float32), (hidden, targets, weights))[0]
 
 
-def _summed_loss_fwd(compute: Any, hidden: Array, embedding: Array, targets: Array, weights: Array) -> tuple[Array, tuple[Array, Array]]:
+def _summed_loss_fwd(
+    compute: Any, hidden: Array, embedding: Array, targets: Array, weights: Array
+) -> tuple[Array, tuple[Array, Array]]:
     table = embedding.astype(compute)
 
-    def add(carry: tuple[Array, Array], chunk: tuple[Array, Array, Array]) -> tuple[tuple[Array, Array], Array]:
+    def add(
+        carry: tuple[Array, Array], chunk: tuple[Array, Array, Array]
+    ) -> tuple[tuple[Array, Array], Array]:
         total, d_table = carry
         h, t, m = chunk
         h = h.astype(compute)
         loss, exps, norm = _loss_and_shifted(h, table, t, m)
         hit = t[:, None] == jnp.arange(table.shape[0])[None]
-        d_logits = (exps * (m / norm)[:, None] - jnp.where(hit, m[:, None], 0.0)).astype(compute)
+        d_logits = (
+            exps * (m / norm)[:, None] - jnp.where(hit, m[:, None], 0.0)
+        ).astype(compute)
         d_hidden = dot(d_logits, table, (1, 0)).astype(hidden.dtype)
         return (total + loss, d_table + dot_rows(h, d_logits)), d_hidden
 
@@ -83,7 +101,9 @@ def _summed_loss_fwd(compute: Any, hidden: Array, embedding: Array, targets: Arr
     return total, (d_hidden, d_table.T)
 
 
-def _summed_loss_bwd(compute: Any, residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array, None, None]:
+def _summed_loss_bwd(
+    compute: Any, residuals: tuple[Array, Array], g: Array
+) -> tuple[Array, Array, None, None]:
     d_hidden, d_table = residuals
     return (d_hidden * g).astype(d_hidden.dtype), d_table * g, None, None
 
@@ -91,7 +111,9 @@ def _summed_loss_bwd(compute: Any, residuals: tuple[Array, Array], g: Array) -> 
 _summed_loss.defvjp(_summed_loss_fwd, _summed_loss_bwd)
 
 
-def _loss_and_shifted(h: Array, table: Array, targets: Array, weights: Array) -> tuple[Array, Array, Array]:
+def _loss_and_shifted(
+    h: Array, table: Array, targets: Array, weights: Array
+) -> tuple[Array, Array, Array]:
     """Returns a chunk's summed loss, exp(logits - max) and the rows' sums of those."""
     logits = dot(h, table, (1, 1))
     top = jnp.max(logits, -1)

@@ -35,19 +35,28 @@ def linear(
         bias: one value per output feature.
         contract: number of dims summed over.
     """
-    lead, inner, outer = x.shape[: x.ndim - contract], w.shape[:contract], w.shape[contract:]
+    lead, inner, outer = (
+        x.shape[: x.ndim - contract],
+        w.shape[:contract],
+        w.shape[contract:],
+    )
     assert x.shape[x.ndim - contract :] == inner, (x.shape, w.shape, contract)
     flat = x.reshape(-1, math.prod(inner))
     matrix = w.reshape(math.prod(inner), math.prod(outer))
     settings = current()
+    y: Any
     if bias is None:
         y = _product(settings.compute, settings.activations, flat, matrix)
     else:
-        y = _affine(settings.compute, settings.activations, flat, matrix, bias.reshape(-1))
+        y = _affine(
+            settings.compute, settings.activations, flat, matrix, bias.reshape(-1)
+        )
     return y.reshape(*lead, *outer)
 
 
-def dot(a: Float[Array, "..."], b: Float[Array, "..."], contracting: tuple[int, int]) -> Float[Array, "..."]:
+def dot(
+    a: Float[Array, "..."], b: Float[Array, "..."], contracting: tuple[int, int]
+) -> Float[Array, "..."]:
     """Returns the two-dimensional product over one dim of each operand, summed in float32."""
     dims = (((contracting[0],), (contracting[1],)), ((), ()))
     return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
@@ -74,7 +83,11 @@ def pack(x: Array) -> Array:
     XLA's CPU backend slices no 16-bit floats: it would widen all layers' residuals to float32 at
     once (jaxlib 0.10).
     """
-    if current().platform == "cpu" and x.dtype.itemsize == 2 and jnp.issubdtype(x.dtype, jnp.floating):
+    if (
+        current().platform == "cpu"
+        and x.dtype.itemsize == 2
+        and jnp.issubdtype(x.dtype, jnp.floating)
+    ):
         return jax.lax.bitcast_convert_type(x, jnp.uint16)
     return x
 
@@ -89,13 +102,17 @@ def _product(compute: Any, out: Any, x: Array, w: Array) -> Array:
     return dot(x.astype(compute), w.astype(compute), (1, 0)).astype(out)
 
 
-def _product_fwd(compute: Any, out: Any, x: Array, w: Array) -> tuple[Array, tuple[Array, ...]]:
+def _product_fwd(
+    compute: Any, out: Any, x: Array, w: Array
+) -> tuple[Array, tuple[Array, ...]]:
     xc = x.astype(compute)
     wc = w.astype(compute)
     return dot(xc, wc, (1, 0)).astype(out), (pack(xc), wc, jnp.zeros((0,), x.dtype))
 
 
-def _product_bwd(compute: Any, out: Any, residuals: tuple[Array, ...], g: Array) -> tuple[Array, Array]:
+def _product_bwd(
+    compute: Any, out: Any, residuals: tuple[Array, ...], g: Array
+) -> tuple[Array, Array]:
     kept, w, like = residuals
     g = g.astype(compute)
     return dot(g, w, (1, 1)).astype(like.dtype), dot_rows(unpack(kept, compute), g)
@@ -109,12 +126,16 @@ def _affine(compute: Any, out: Any, x: Array, w: Array, bias: Array) -> Array:
     return (dot(x.astype(compute), w.astype(compute), (1, 0)) + bias[None]).astype(out)
 
 
-def _affine_fwd(compute: Any, out: Any, x: Array, w: Array, bias: Array) -> tuple[Array, tuple[Array, ...]]:
+def _affine_fwd(
+    compute: Any, out: Any, x: Array, w: Array, bias: Array
+) -> tuple[Array, tuple[Array, ...]]:
     y, residuals = _product_fwd(compute, jnp.float32, x, w)
     return (y + bias[None]).astype(out), residuals
 
 
-def _affine_bwd(compute: Any, out: Any, residuals: tuple[Array, ...], g: Array) -> tuple[Array, Array, Array]:
+def _affine_bwd(
+    compute: Any, out: Any, residuals: tuple[Array, ...], g: Array
+) -> tuple[Array, Array, Array]:
     dx, dw = _product_bwd(compute, out, residuals, g)
     return dx, dw, sum_rows(g)
 

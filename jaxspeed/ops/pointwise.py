@@ -13,7 +13,9 @@ def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
     return jax.nn.gelu(x, approximate=True)
 
 
-def silu_gate(gate: Float[Array, "..."], up: Float[Array, "..."]) -> Float[Array, "..."]:
+def silu_gate(
+    gate: Float[Array, "..."], up: Float[Array, "..."]
+) -> Float[Array, "..."]:
     """Returns silu(gate) * up, SwiGLU's product. Reference: arXiv 2002.05202 eq. 5."""
     return jax.nn.silu(gate) * up
 

@@ -5,7 +5,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 
-def rotate(x: Float[Array, "B T N H"], positions: Int[Array, "B T"], *, theta: float) -> Float[Array, "B T N H"]:
+def rotate(
+    x: Float[Array, "B T N H"], positions: Int[Array, "B T"], *, theta: float
+) -> Float[Array, "B T N H"]:
     """Returns x with each pair (x[i], x[i + H/2]) turned by positions * theta^(-2i/H).
 
     The halves are paired, as in Hugging Face's Llama, not neighbours as in the paper.
@@ -20,4 +22,6 @@ def rotate(x: Float[Array, "B T N H"], positions: Int[Array, "B T"], *, theta: f
     angle = positions[..., None, None].astype(jnp.float32) * frequency[None, None, None]
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     first, second = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1).astype(x.dtype)
+    return jnp.concatenate(
+        [first * cos - second * sin, second * cos + first * sin], -1
+    ).astype(x.dtype)

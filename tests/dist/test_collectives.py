@@ -28,12 +28,16 @@ def compiled(**changes: Any) -> tuple[Program, Ledger, jax.stages.Compiled]:
 
 
 def num_params(program: Program) -> int:
-    return sum(math.prod(p.shape) for p in jax.tree.leaves(program.abstract_state["params"]))
+    return sum(
+        math.prod(p.shape) for p in jax.tree.leaves(program.abstract_state["params"])
+    )
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_state_takes_12_bytes_a_parameter_divided_by_the_shards(stage: int, family: str) -> None:
+def test_state_takes_12_bytes_a_parameter_divided_by_the_shards(
+    stage: int, family: str
+) -> None:
     program, _, step = compiled(family=family, stage=stage, mesh=FSDP["fsdp"])
     whole = sum(
         math.prod(p.shape)
@@ -43,13 +47,17 @@ def test_state_takes_12_bytes_a_parameter_divided_by_the_shards(stage: int, fami
     psi = num_params(program)
     formula = 12 * psi if stage == 0 else 12 * ((psi - whole) / 8 + whole)
     arguments = step.memory_analysis().argument_size_in_bytes
-    assert arguments - bytes_per_device(program.abstract_batch(NAMES)) == pytest.approx(formula, rel=0.02)
+    assert arguments - bytes_per_device(program.abstract_batch(NAMES)) == pytest.approx(
+        formula, rel=0.02
+    )
 
 
 @pytest.mark.parametrize("mesh", list(FSDP))
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_collectives_per_step_equal_the_formula(stage: int, accumulate: int, mesh: str) -> None:
+def test_collectives_per_step_equal_the_formula(
+    stage: int, accumulate: int, mesh: str
+) -> None:
     program, ledger, _ = compiled(stage=stage, accumulate=accumulate, mesh=FSDP[mesh])
     psi, A = num_params(program), accumulate
     gathers = {0: 0, 1: 1, 2: 1, 3: 2 * A}[stage]
@@ -58,24 +66,36 @@ def test_collectives_per_step_equal_the_formula(stage: int, accumulate: int, mes
     # Hybrid sharding sums each shard over the replicas once a step.
     replicas = 1 / 4 if mesh == "data x fsdp" and stage > 0 else 0
     assert ledger.elements("all-gather") <= 1.05 * gathers * psi
-    assert ledger.elements("all-gather") >= 0.9 * (gathers > 0) * psi * (A if stage == 3 else 1)
+    assert ledger.elements("all-gather") >= 0.9 * (gathers > 0) * psi * (
+        A if stage == 3 else 1
+    )
     assert ledger.elements("reduce-scatter") == pytest.approx(scatters * psi, rel=0.05)
     assert ledger.elements("all-reduce") <= 1.05 * (reduced + replicas) * psi + 200
     assert ledger.elements("all-to-all") == ledger.elements("collective-permute") == 0
 
 
 @pytest.mark.parametrize("remat", ["none", "full", "dots", "attention"])
-def test_stage_3_gathers_again_in_the_backward_pass_whatever_is_kept(remat: str) -> None:
+def test_stage_3_gathers_again_in_the_backward_pass_whatever_is_kept(
+    remat: str,
+) -> None:
     _, ledger, _ = compiled(stage=3, remat=remat, mesh=FSDP["fsdp"])
     program = program_of(config(stage=3, mesh=FSDP["fsdp"]))
-    layers = sum(math.prod(p.shape) for p in jax.tree.leaves(program.abstract_state["params"]["layers"]))
+    layers = sum(
+        math.prod(p.shape)
+        for p in jax.tree.leaves(program.abstract_state["params"]["layers"])
+    )
     rest = num_params(program) - layers
     # Biases are added, not multiplied by: the backward pass has no use for them.
     assert 1.9 * layers + rest < ledger.elements("all-gather") <= 2 * layers + rest
 
 
 def test_stage_2_and_3_keep_no_whole_gradient() -> None:
-    sizes = {s: compiled(stage=s, accumulate=2, mesh=FSDP["fsdp"])[2].memory_analysis().temp_size_in_bytes for s in (1, 2)}
+    sizes = {
+        s: compiled(stage=s, accumulate=2, mesh=FSDP["fsdp"])[2]
+        .memory_analysis()
+        .temp_size_in_bytes
+        for s in (1, 2)
+    }
     program = program_of(config())
     assert sizes[1] - sizes[2] > 4 * num_params(program) * 0.5
 
@@ -89,4 +109,6 @@ def test_tensor_axis_halves_what_is_gathered(stage: int) -> None:
     )
     gathers = {1: 1, 3: 2}[stage]
     assert ledger.elements("all-gather", "fsdp") <= 1.05 * gathers * per_device
-    assert ledger.elements("reduce-scatter", "fsdp") == pytest.approx(per_device, rel=0.05)
+    assert ledger.elements("reduce-scatter", "fsdp") == pytest.approx(
+        per_device, rel=0.05
+    )

@@ -65,7 +65,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def test_settings_do_not_change_the_loss_curve(case: dict[str, Any]) -> None:
-    run = config(**{k: v for k, v in case.items() if k != "mesh"}, mesh=MESHES[case["mesh"]])
+    run = config(
+        **{k: v for k, v in case.items() if k != "mesh"}, mesh=MESHES[case["mesh"]]
+    )
     ours, theirs = curve(run, case["family"]), reference(case["family"])
     tolerance = TOLERANCE[case["compute"]]
     assert not ours["train/skipped"].any()
