@@ -38,7 +38,8 @@ class Ambient:
 
 
 _CURRENT: contextvars.ContextVar[Ambient] = contextvars.ContextVar(
-    "ambient", default=Ambient()
+    "ambient",
+    default=Ambient(),  # noqa: B039 - it is frozen
 )
 
 

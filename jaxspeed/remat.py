@@ -21,10 +21,10 @@ PRODUCTS = frozenset(
 )
 """Primitives whose results are dear: matrix products and attention kernels."""
 
-PROBABILITIES_NAME = "probabilities"
-"""The checkpoint name of attention's probabilities, where a kernel holds them."""
+NORMALISER_NAME = "normaliser"
+"""The checkpoint name of attention's log-sum-exp, where a kernel holds it."""
 
-ATTENTION_NAMES = frozenset({"q", "k", "v", "attended"})
+ATTENTION_NAMES = frozenset({"q", "k", "v", "attended", NORMALISER_NAME})
 """Checkpoint names that attention gives its operands and its result."""
 
 
@@ -49,5 +49,5 @@ def checkpoint_layer(layer: Callable[..., Any], policy: str) -> Callable[..., An
 
 def _keep_products(primitive: Any, *_: Any, **params: Any) -> bool:
     if primitive.name == "name":
-        return params["name"] in ATTENTION_NAMES or params["name"] == PROBABILITIES_NAME
+        return params["name"] in ATTENTION_NAMES
     return primitive.name in PRODUCTS

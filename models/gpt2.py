@@ -94,6 +94,7 @@ class LayerNorm(nnx.Module):
         self.bias = param(ZEROS, rngs, (cfg.d_model,), ("embed",))
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Returns x normalised."""
         return ops.layer_norm(x, self.scale[...], self.bias[...], eps=self.eps)
 
 
@@ -115,6 +116,7 @@ class Attention(nnx.Module):
     def __call__(
         self, x: Float[Array, "B T D"], segment_ids: Int[Array, "B T"] | None
     ) -> Float[Array, "B T D"]:
+        """Returns what each position gathers from the earlier ones of its document."""
         heads = ("batch", "seq", "heads", "head_dim")
         q = shard(ops.linear(x, self.wq[...], self.bq[...]), *heads)
         k = shard(ops.linear(x, self.wk[...], self.bk[...]), *heads)
@@ -135,6 +137,7 @@ class MLP(nnx.Module):
         self.b_down = param(ZEROS, rngs, (D,), ("embed",))
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Returns w_down gelu(w_up x), with biases."""
         up = shard(ops.linear(x, self.w_up[...], self.b_up[...]), "batch", "seq", "mlp")
         return ops.linear(ops.gelu(up), self.w_down[...], self.b_down[...])
 
@@ -152,6 +155,7 @@ class Block(nnx.Module):
     def __call__(
         self, x: Float[Array, "B T D"], segment_ids: Int[Array, "B T"] | None
     ) -> Float[Array, "B T D"]:
+        """Returns the residual stream after this block."""
         x = shard(x, "batch", "seq", "embed")
         x = x + ops.dropout(
             self.attn(self.attn_norm(x), segment_ids), self.dropout, site=0

@@ -190,6 +190,7 @@ def test_float16_loss_and_norms_do_not_depend_on_the_scale() -> None:
     assert float(results[1]["train/loss"]) == pytest.approx(float(loss), rel=2e-3)
 
 
+@pytest.mark.slow
 def test_seed_scale_cancels_to_the_last_bit_in_float32() -> None:
     program = program_of()
     states = []
@@ -289,6 +290,7 @@ def dropping(devices: int = 1) -> Program:
     )
 
 
+@pytest.mark.slow
 def test_dropout_changes_with_the_step_and_is_off_in_evaluation() -> None:
     program, batch = dropping(), batch_of(rows=8)
     state, first = step(program, batch)

@@ -193,6 +193,7 @@ def gradients(family: str, remat: str = "none") -> Any:
     return jax.jit(jax.value_and_grad(loss))(parameters(family), batch())
 
 
+@pytest.mark.slow
 @by_family
 @pytest.mark.parametrize("policy", [p for p in REMAT_POLICIES if p != "none"])
 def test_rematerialisation_changes_neither_loss_nor_gradients(
@@ -238,6 +239,7 @@ def test_backward_pass_is_traced_with_the_settings_of_the_forward_pass(
     assert inside == around
 
 
+@pytest.mark.slow
 @by_family
 def test_low_precision_loss_and_gradients_are_close(family: str) -> None:
     loss = mean_loss(FAMILIES[family], compute=jnp.bfloat16)
@@ -362,6 +364,7 @@ def test_flops_per_token_is_about_six_per_parameter_and_grows_with_the_sequence(
     assert cfg.flops_per_token(2048) > cfg.flops_per_token(1024) > 0
 
 
+@pytest.mark.slow
 @by_family
 def test_dropout_is_off_without_a_key_and_changes_with_it(family: str) -> None:
     cfg = dataclasses.replace(FAMILIES[family], dropout=0.3)
@@ -426,6 +429,7 @@ def test_grouped_query_model_equals_one_with_repeated_heads() -> None:
     assert_trees_close(jax.jit(mean_loss(whole))(wide, batch()), gradients("llama")[0])
 
 
+@pytest.mark.slow
 def test_tied_model_equals_an_untied_one_with_the_same_matrix_twice() -> None:
     untied, params = FAMILIES["llama"], parameters("llama")
     tied = dataclasses.replace(untied, tie_embeddings=True)

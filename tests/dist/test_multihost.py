@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several processes that form one job train as one process with their devices does."""
+
+import signal
+import socket
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.command import (
+    STEPS,
+    Ended,
+    Recipe,
+    end,
+    logged,
+    losses,
+    records,
+    resumed_from,
+    wait_until,
+    write_recipe,
+)
+
+
+pytestmark = [pytest.mark.slow, pytest.mark.multihost]
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    folder = tmp_path_factory.mktemp("multihost")
+    return write_recipe(folder, compile_cache=str(folder / "xla"))
+
+
+@pytest.fixture(scope="module")
+def alone(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run directory of one process with four devices."""
+    workdir = tmp_path_factory.mktemp("alone") / "run"
+    recipe.run(workdir, "--virtual_devices", "4")
+    return workdir
+
+
+def start_job(
+    recipe: Recipe, workdir: Path, count: int, *flags: str
+) -> "list[subprocess.Popen[str]]":
+    """Starts `count` processes with four devices in all."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    group = ("--coordinator", f"localhost:{port}", "--num_processes", str(count))
+    devices = ("--virtual_devices", str(4 // count))
+    return [
+        recipe.start(workdir, *flags, *group, *devices, "--process_id", str(index))
+        for index in range(count)
+    ]
+
+
+def end_job(processes: "list[subprocess.Popen[str]]", code: int = 0) -> list[Ended]:
+    """Waits for all processes, which must end with this exit code."""
+    ended = [end(process) for process in processes]
+    assert {e.code for e in ended} == {code}, ended
+    return ended
+
+
+def test_two_processes_train_as_one_and_their_checkpoint_goes_on_in_one(
+    recipe: Recipe, alone: Path, tmp_path: Path
+) -> None:
+    workdir = tmp_path / "run"
+    processes = start_job(recipe, workdir, 2)
+    wait_until(logged(workdir, 13), processes[0])
+    # The signal goes to one of them only: both must save, after the same step.
+    processes[1].send_signal(signal.SIGTERM)
+    first, second = end_job(processes, 128 + signal.SIGTERM)
+    step = len(records(workdir))
+    assert f"stopped by SIGTERM after step {step}: saved" in first.out
+    assert "step " not in second.out
+    assert [record["step"] for record in records(workdir)] == [*range(1, step + 1)]
+    assert len(list((workdir / "tensorboard").iterdir())) == 1
+    written = workdir / "checkpoints" / str(step) / "params"
+    assert {p.name for p in written.glob("ocdbt.process_*")} == {
+        "ocdbt.process_0",
+        "ocdbt.process_1",
+    }
+
+    last = recipe.run(workdir, "--virtual_devices", "4")
+    assert resumed_from(last.out) == step
+    np.testing.assert_allclose(losses(workdir), losses(alone), rtol=3e-5)
+    ours, theirs = records(workdir), records(alone)
+    assert [r["data/tokens"] for r in ours] == [r["data/tokens"] for r in theirs]
+    np.testing.assert_allclose(
+        losses(workdir, "eval/loss"), losses(alone, "eval/loss"), rtol=3e-5
+    )
+
+
+def test_four_processes_train_as_one(
+    recipe: Recipe, alone: Path, tmp_path: Path
+) -> None:
+    workdir = tmp_path / "run"
+    end_job(start_job(recipe, workdir, 4, "--mesh.data", "2", "--zero.stage", "1"))
+    assert len(records(workdir)) == STEPS
+    np.testing.assert_allclose(losses(workdir), losses(alone), rtol=3e-5)
+
+
+def test_process_that_does_not_come_is_one_line_within_the_time_out(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JAXSPEED_JOIN_TIMEOUT_S", "2")
+    processes = start_job(recipe, tmp_path / "run", 2)
+    processes[1].kill()
+    end(processes[1])
+    ended = end(processes[0])
+    assert ended.code == 2
+    assert ended.err.count("\n") == 1
+    assert "process 0 of 2: not all processes of the job came within 2 s" in ended.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_process_whose_partner_dies_does_not_hang(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    processes = start_job(recipe, tmp_path / "run", 2, "--steps", "100000")
+    wait_until(logged(tmp_path / "run", 15), processes[0])
+    processes[1].kill()
+    end(processes[1])
+    ended = end(processes[0])
+    assert ended.code == 2
+    assert "error: another process of the job is gone" in ended.err
