@@ -234,6 +234,7 @@ def _deadline(seconds: float, message: str) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
+        timer.join()
         for number, handler in before.items():
             signal.signal(number, handler)
 

@@ -421,10 +421,7 @@ def _parse_module(text: str) -> tuple[_Computation, int | None, set[str]]:
                 entry = current if match[1] else entry
             elif _ASSIGNMENT.match(line):
                 raise LedgerError(f"instruction outside a computation: {line[:200]!r}")
-        elif (
-            line.startswith("}") and line[1:2] != "}"
-        ):  # an execution thread may follow;
-            # two braces end the metadata of a kernel, which has lines of its own
+        elif re.match(r"\}(?!\})", line):  # "}}" ends the metadata of a kernel
             current = None
         elif match := _ASSIGNMENT.match(line):
             instruction = _parse_instruction(match[2], match[3], bool(match[1]))

@@ -152,6 +152,10 @@ class Weight:
     placement: Placement = dataclasses.field(metadata={"static": True})
     reduce_dtype: Any = dataclasses.field(metadata={"static": True})
 
+    def __getitem__(self, index: Any) -> Array:
+        """Returns part of the whole parameter, so that a loss may read it as it reads an array."""
+        return self.materialise()[index]
+
     def materialise(self) -> Float[Array, "..."]:
         """Returns the whole parameter (up to `tensor`), as float32 whose value is the compute copy's.
 

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from jaxspeed.ambient import Ambient, ambient
-from jaxspeed.config import BATCH_AXES, LossScaleConfig
+from jaxspeed.config import BATCH_AXES, ConfigError, LossScaleConfig
 from jaxspeed.loss_scale import update_loss_scale
 from jaxspeed.nn import merge
 from jaxspeed.optim import update_count
@@ -90,9 +90,8 @@ def make_grad_fn(spec: StepSpec) -> GradFn:
                     is_leaf=is_weight,
                 )
                 with ambient(spec.settings, dropout_key=dropout_key):
-                    sums = Sums(
-                        *spec.loss_fn(merge(spec.graphdef, weights), micro_batch)
-                    )
+                    model = merge(spec.graphdef, weights)
+                    sums = _as_sums(spec.loss_fn(model, micro_batch))
                 return sums.total * (loss_scale * spec.seed_scale), sums
 
             gradients, sums = jax.grad(scaled_loss, has_aux=True)(slots)
@@ -138,11 +137,8 @@ def make_eval_fn(spec: StepSpec) -> Callable[[Params, Batch], Sums]:
 
     def local(params: Params, batch: Batch) -> Sums:
         with ambient(spec.settings):
-            sums = Sums(
-                *spec.loss_fn(
-                    merge(spec.graphdef, compute_weights(spec, params)), batch
-                )
-            )
+            model = merge(spec.graphdef, compute_weights(spec, params))
+            sums = _as_sums(spec.loss_fn(model, batch))
         return jax.tree.map(lambda x: jax.lax.psum(x, BATCH_AXES), sums)
 
     masters = jax.tree.map(
@@ -295,3 +291,12 @@ def _tensor(place: Placement, spec: StepSpec) -> P | None:
     return (
         place.tensor_spec(len(place.shape)) if spec.mesh.shape["tensor"] > 1 else None
     )
+
+
+def _as_sums(returned: Any) -> Sums:
+    if not isinstance(returned, tuple) or len(returned) != 2:
+        raise ConfigError(
+            f"loss_fn returned {type(returned).__name__}; it must return (sum, count), "
+            "for a mean over B things: (mean * B, B)"
+        )
+    return Sums(*(jnp.asarray(x, jnp.float32) for x in returned))

@@ -161,8 +161,15 @@ def _refuse_cpu(
     return "" if platform == "cpu" else "is for CPUs"
 
 
-def _refuse_xla(*_: Any) -> str:
-    return ""
+def _refuse_xla(
+    platform: str,
+    dtype: str,
+    q_shape: tuple[int, ...],
+    k_shape: tuple[int, ...],
+    segments: bool,
+) -> str:
+    wide = platform != "cpu" or dtype != "float16"
+    return "" if wide else "has no float16 products on a CPU"
 
 
 _REFUSALS = {

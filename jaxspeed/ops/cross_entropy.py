@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxspeed.ambient import current
-from jaxspeed.ops.linear import dot, dot_rows
+from jaxspeed.ops.linear import dot, dot_rows, pack
 from jaxspeed.types import Sums
 
 
@@ -42,6 +42,8 @@ def fused_cross_entropy(
         if mask is None
         else mask.astype(jnp.float32)
     ).reshape(-1)
+    # What does not count may be anything (-100, say), but must not index outside.
+    targets = targets if mask is None else jnp.where(mask, targets, 0)
     chunk = _chunk_tokens(tokens, embedding.shape[0])
     pad = -tokens % chunk
     split = lambda x: jnp.pad(x, [(0, pad)] + [(0, 0)] * (x.ndim - 1)).reshape(
@@ -80,6 +82,8 @@ def _summed_loss_fwd(
     compute: Any, hidden: Array, embedding: Array, targets: Array, weights: Array
 ) -> tuple[Array, tuple[Array, Array]]:
     table = embedding.astype(compute)
+    packed = pack(table).dtype == jnp.uint16
+    rows = dot_rows if packed else functools.partial(dot, contracting=(0, 0))
 
     def add(
         carry: tuple[Array, Array], chunk: tuple[Array, Array, Array]
@@ -93,7 +97,7 @@ def _summed_loss_fwd(
             exps * (m / norm)[:, None] - jnp.where(hit, m[:, None], 0.0)
         ).astype(compute)
         d_hidden = dot(d_logits, table, (1, 0)).astype(hidden.dtype)
-        return (total + loss, d_table + dot_rows(h, d_logits)), d_hidden
+        return (total + loss, d_table + rows(h, d_logits)), d_hidden
 
     # (D, V), not (V, D): the small operand is the one to be turned.
     zero = (jnp.zeros((), jnp.float32), jnp.zeros(table.shape[::-1], jnp.float32))
@@ -105,7 +109,12 @@ def _summed_loss_bwd(
     compute: Any, residuals: tuple[Array, Array], g: Array
 ) -> tuple[Array, Array, None, None]:
     d_hidden, d_table = residuals
-    return (d_hidden * g).astype(d_hidden.dtype), d_table * g, None, None
+    return (
+        (d_hidden.astype(jnp.float32) * g).astype(d_hidden.dtype),
+        d_table * g,
+        None,
+        None,
+    )
 
 
 _summed_loss.defvjp(_summed_loss_fwd, _summed_loss_bwd)
