@@ -76,7 +76,7 @@ def main() -> None:
         "step_s": round(step_s, 4),
         "compile_s": round(compile_s, 1),
         "rss_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2),
-        "temp_mb": compiled.memory_analysis().temp_size_in_bytes >> 20,
+        "temp_mb": compiled.memory_analysis().temp_size_in_bytes >> 20,  # pyright: ignore
         "loss0": round(losses[0], 5),
         "lossN": round(losses[-1], 5),
         "jax": jax.__version__,
@@ -107,7 +107,7 @@ def _loss(params, ids, dtype):
     x, _ = lax.scan(body, x, params["layers"])
     x = _layer_norm(x, *params["ln_f"], dtype)
     mask = jnp.broadcast_to(jnp.arange(T) < T - 1, (B, T)).reshape(M)
-    total, count = _cross_entropy(
+    total, count = _cross_entropy(  # pyright: ignore
         x, params["wte"], jnp.roll(ids, -1, 1).reshape(M), mask, dtype
     )
     return total / count
@@ -116,9 +116,10 @@ def _loss(params, ids, dtype):
 def _block(x, layer, dtype):
     h = _layer_norm(x, *layer["ln_1"], dtype)
     q, k, v = (
-        _linear(h, *layer[name], dtype).reshape(B, T, HEADS, H) for name in "qkv"
+        _linear(h, *layer[name], dtype).reshape(B, T, HEADS, H)
+        for name in "qkv"  # pyright: ignore
     )
-    h = _attention(q, k, v, dtype).reshape(M, D)
+    h = _attention(q, k, v, dtype).reshape(M, D)  # pyright: ignore
     x = x + _linear(h, *layer["proj"], dtype)
     h = _layer_norm(x, *layer["ln_2"], dtype)
     h = _gelu(_linear(h, *layer["fc"], dtype), dtype)
@@ -390,7 +391,7 @@ def _random(vocab):
 
 
 def _arguments():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # pyright: ignore
     parser.add_argument("--vocab", type=int, default=8192)
     parser.add_argument("--bf16", action="store_true", help="products in bfloat16")
     parser.add_argument("--warmup", type=int, default=2)

@@ -60,7 +60,7 @@ def train(argv: Sequence[str]) -> int:
     if argv[0] in ("-h", "--help"):
         sys.stdout.write(USAGE)
         return 0
-    with _terminable():
+    with _left_at_once():
         return _guarded(lambda: _train(argv))
 
 
@@ -94,7 +94,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "doctor": _doctor,
         "report": _report,
     }
-    return _guarded(lambda: actions[args.command](args))
+    with _left_at_once():
+        return _guarded(lambda: actions[args.command](args))
 
 
 def load_recipe(path: str) -> RunConfig:
@@ -113,7 +114,8 @@ def load_recipe(path: str) -> RunConfig:
         if root not in sys.path:
             sys.path.insert(0, root)
     spec = importlib.util.spec_from_file_location(file.stem, file)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
@@ -245,19 +247,13 @@ def _guarded(
     except ConfigError as error:
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         code = 2
-    except KeyboardInterrupt as stop:
-        number = stop.args[0] if stop.args else signal.SIGINT
-        sys.stderr.write(
-            f"stopped at once by {signal.Signals(number).name}; what was saved before is whole\n"
-        )
-        code = 128 + number
     except BrokenPipeError:
         # Nobody reads on (`| head`); without this the interpreter complains when it ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 128 + signal.SIGPIPE
     except (
         Exception
-    ):  # a defect: shown in full, but as one of several processes still left by
+    ):  # a defect; shown in full, and one of several processes must leave
         traceback.print_exc()
         code = 1
     leave(code)
@@ -265,18 +261,28 @@ def _guarded(
 
 
 @contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """Lets SIGTERM interrupt as Ctrl-C does, with a word and its own exit code."""
+def _left_at_once() -> Iterator[None]:
+    """Lets Ctrl-C and SIGTERM end the process at once, with a word and its own exit code.
 
-    def interrupt(number: int, frame: FrameType | None) -> None:
+    An exception would not do: one raised inside an import or a callback of jax is lost.
+    While it trains, the loop takes the first signal as a wish to save and leave.
+    """
+
+    def leave(number: int, frame: FrameType | None) -> None:
         del frame
-        raise KeyboardInterrupt(number)
+        cursor = "\x1b[?25h" if sys.stderr.isatty() else ""  # the live line hides it
+        name = signal.Signals(number).name
+        word = f"{cursor}stopped at once by {name}; what was saved before is whole\n"
+        os.write(2, word.encode())
+        os._exit(128 + number)
 
-    previous = signal.signal(signal.SIGTERM, interrupt)
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    previous = {number: signal.signal(number, leave) for number in numbers}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

@@ -78,7 +78,7 @@ def quiet() -> None:
     ):
         # The plugins of absent hardware would print traces and warnings.
         logging.getLogger("jax._src.xla_bridge").setLevel(logging.CRITICAL)
-        if not jax.config.jax_platforms:
+        if not jax.config.jax_platforms:  # pyright: ignore
             jax.config.update("jax_platforms", "cpu")
 
 
@@ -202,7 +202,8 @@ def _initialise(who: str, *group: str | int) -> None:
     try:
         with _deadline(JOIN_TIMEOUT_S, late):
             jax.distributed.initialize(
-                *group, initialization_timeout=int(JOIN_TIMEOUT_S) + 60
+                *group,
+                initialization_timeout=int(JOIN_TIMEOUT_S) + 60,  # pyright: ignore
             )  # type: ignore[arg-type]
     except (RuntimeError, ValueError, OSError) as error:
         raise ConfigError(
@@ -257,6 +258,6 @@ def _cluster() -> str:
     on_tpu = "TPU_ML_PLATFORM" in env and not env.get("TPU_SKIP_MDS_QUERY")
     return (
         "Cloud TPU VM"
-        if on_tpu and jax.config.jax_platforms in (None, "", "tpu", "tpu,cpu")
+        if on_tpu and jax.config.jax_platforms in (None, "", "tpu", "tpu,cpu")  # pyright: ignore
         else ""
     )

@@ -125,7 +125,7 @@ class _Run:
                     steps=self.run.steps,
                     start_step=start,
                     every=self.run.log_every,
-                    **shown,
+                    **shown,  # pyright: ignore
                 )
             )
             self.stop = stack.enter_context(_signals())
@@ -465,7 +465,7 @@ def _collectives(ledger: Ledger) -> str:
 
 def _device_trouble(said: str) -> str:
     """Returns what a failure of the runtime means to the user, or "" if nobody knows."""
-    if "RESOURCE_EXHAUSTED" in said:
+    if "RESOURCE_EXHAUSTED" in said or "Out of memory" in said:
         change = "lower micro_batch_size (accumulate makes up for it), or set remat full, a higher zero.stage or more devices"
         return f"out of memory on a device ({said}); {change}"
     if jax.process_count() > 1:

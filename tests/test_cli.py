@@ -207,16 +207,6 @@ def test_json_without_a_file_and_with_a_misspelt_key_are_one_line(
             2,
             "error: step 3: the loss is nan\n",
         ),
-        (
-            KeyboardInterrupt(),
-            130,
-            "stopped at once by SIGINT; what was saved before is",
-        ),
-        (
-            KeyboardInterrupt(15),
-            143,
-            "stopped at once by SIGTERM; what was saved before",
-        ),
         (RuntimeError("a defect"), 1, "Traceback (most recent call last):"),
     ],
 )
@@ -245,18 +235,27 @@ def test_signal_that_ended_a_run_is_its_exit_code(
     assert cli.train([str(recipe.path)]) == 143
 
 
-def test_termination_before_training_is_a_word_and_a_code(
-    recipe: Recipe,
-    fitted: object,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    terminate = lambda *_, **__: signal.raise_signal(signal.SIGTERM)
-    monkeypatch.setattr(loop, "fit", terminate)
-    before = signal.getsignal(signal.SIGTERM)
-    assert cli.train([str(recipe.path)]) == 143
-    assert capsys.readouterr().err.startswith("stopped at once by SIGTERM")
-    assert signal.getsignal(signal.SIGTERM) is before
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_before_training_ends_it_with_a_word(number: signal.Signals) -> None:
+    code = (
+        "import signal, sys; from jaxspeed import cli\n"
+        "cli._doctor = lambda args: signal.raise_signal(int(sys.argv[1]))\n"
+        "cli.main(['doctor'])"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code, str(int(number))],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    words = f"stopped at once by {number.name}; what was saved before is whole\n"
+    assert (ended.returncode, ended.stderr) == (128 + number, words)
+
+
+def test_signals_mean_what_they_did_afterwards(recipe: Recipe, fitted: object) -> None:
+    before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    assert cli.train([str(recipe.path)]) == 0
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
 
 
 def test_library_log_reaches_the_terminal_once(

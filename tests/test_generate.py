@@ -20,7 +20,7 @@ PROMPT = np.array([3, 1, 4], np.int32)
 def sampled(program: Program, state: State, prompt: np.ndarray, **how: float) -> list:
     given = {"num_tokens": 12, "temperature": 0.0, "seed": 0} | how
     key = jax.random.key(int(given.pop("seed")))
-    tokens = sample_tokens(program, state["params"], prompt, key=key, **given)
+    tokens = sample_tokens(program, state["params"], prompt, key=key, **given)  # pyright: ignore
     return tokens.tolist()
 
 

@@ -107,7 +107,7 @@ def _attend_bwd(
             d_q = jnp.concatenate([d_q[..., :start], later], 3)
         d_q = (d_q * H**-0.5).transpose(3, 0, 2, 1).reshape(T, K * G, H)
         by_token = [jnp.concatenate(x, 1).transpose(1, 0, 2) for x in (d_k, d_v)]
-        return None, (d_q.astype(dtype), *(x.astype(dtype) for x in by_token))
+        return None, (d_q.astype(dtype), *(x.astype(dtype) for x in by_token))  # pyright: ignore
 
     delta = delta.reshape(B, T, K, G)
     inputs = (q, k, v, normaliser, delta, g, segment_ids)

@@ -46,7 +46,7 @@ def test_state_takes_12_bytes_a_parameter_divided_by_the_shards(
     )
     psi = num_params(program)
     formula = 12 * psi if stage == 0 else 12 * ((psi - whole) / 8 + whole)
-    arguments = step.memory_analysis().argument_size_in_bytes
+    arguments = step.memory_analysis().argument_size_in_bytes  # pyright: ignore
     assert arguments - bytes_per_device(program.abstract_batch(NAMES)) == pytest.approx(
         formula, rel=0.02
     )
@@ -93,7 +93,7 @@ def test_stage_2_and_3_keep_no_whole_gradient() -> None:
     sizes = {
         s: compiled(stage=s, accumulate=2, mesh=FSDP["fsdp"])[2]
         .memory_analysis()
-        .temp_size_in_bytes
+        .temp_size_in_bytes  # pyright: ignore
         for s in (1, 2)
     }
     program = program_of(config())
