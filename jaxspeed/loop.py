@@ -111,25 +111,29 @@ class _Run:
         self.clock = _Clock()
 
     def fit(self) -> Result:
-        shown = {"process_index": jax.process_index()}
+        main = jax.process_index() == 0
         with contextlib.ExitStack() as stack:
             self._claim(stack)
-            state, start = self._start()
-            step_fn = self._compile(state)
-            stack.enter_context(self.checkpoints)
-            self.metrics = stack.enter_context(
-                MetricsWriter(self.workdir, resume_step=start, **shown)
-            )
+            start = self._find_start()
             self.progress = stack.enter_context(
                 Progress(
                     steps=self.run.steps,
                     start_step=start,
                     every=self.run.log_every,
-                    **shown,  # pyright: ignore
+                    process_index=jax.process_index(),
+                )
+            )
+            if main:
+                self._introduce(start)
+            state = self._state_at(start)
+            step_fn = self._compile(state)
+            stack.enter_context(self.checkpoints)
+            self.metrics = stack.enter_context(
+                MetricsWriter(
+                    self.workdir, resume_step=start, process_index=jax.process_index()
                 )
             )
             self.stop = stack.enter_context(_signals())
-            self._introduce(start)
             if start and self._evaluation_due(start) and self.evaluated != start:
                 self._evaluate(state, start)
             state, step = self._train(step_fn, state, start)
@@ -161,37 +165,37 @@ class _Run:
             **shared,
         )
 
-    def _start(self) -> tuple[State, int]:
-        """Returns the state to begin from and its step: resumed, initialised, or taken from `init`."""
-        run, program = self.run, self.program
-        if run.resume == "never" and self.checkpoints.candidates():
+    def _find_start(self) -> int:
+        """Returns the step to begin behind: of the newest whole checkpoint, or 0."""
+        if self.run.resume == "never" and self.checkpoints.candidates():
             raise config_error(
                 "resume",
                 "never",
                 f"{self.workdir} holds a run already",
                 "give another --workdir, or --resume auto to continue it",
             )
-        latest = None if run.resume == "never" else self.checkpoints.latest()
-        if latest is None and run.resume == "must":
-            self.checkpoints.restore(
-                None, program.abstract_state
-            )  # raises, and lists what is there
-        if latest is not None:
-            state, meta = self.checkpoints.restore(
-                latest, program.abstract_state, iterator=self.data
-            )
-            self.saved, self.tokens, self.evaluated = (
-                latest,
-                meta["tokens"],
-                meta["evaluated"],
-            )
-            self.skipped = int(state["skipped"])
-            return state, latest
-        self._refuse_to_begin_over()
-        state = program.init_state()
-        if run.init:
-            state["params"] = restore_params(run.init, program.abstract_state["params"])
-        return state, 0
+        latest = self.checkpoints.latest()
+        if latest is None and self.run.resume == "must":
+            # It raises, and lists what there is.
+            self.checkpoints.restore(None, self.program.abstract_state)
+        if latest is None:
+            self._refuse_to_begin_over()
+        return latest or 0
+
+    def _state_at(self, start: int) -> State:
+        """Returns the state to begin with: restored, initialised, or with the parameters of `init`."""
+        abstract = self.program.abstract_state
+        if start:
+            self.progress.phase("reading the checkpoint")
+            state, meta = self.checkpoints.restore(start, abstract, iterator=self.data)
+            self.saved, self.skipped = start, int(state["skipped"])
+            self.tokens, self.evaluated = meta["tokens"], meta["evaluated"]
+            return state
+        self.progress.phase("initialising")
+        state = self.program.init_state()
+        if self.run.init:
+            state["params"] = restore_params(self.run.init, abstract["params"])
+        return state
 
     def _refuse_to_begin_over(self) -> None:
         """Raises if there are checkpoints, none of them whole; one that was being written when the run was killed does not count."""
@@ -208,8 +212,11 @@ class _Run:
 
     def _compile(self, state: State) -> Any:
         """Returns the compiled step; writes what the report says of memory and collectives."""
+        self.progress.phase("compiling")
         compiled = self.program.lower_step().compile()
         self.ledger = read_ledger(compiled, self.program.mesh.shape)
+        held = format_bytes(bytes_per_device(self.program.abstract_state))
+        self.progress.print(f"state: {held} per device; {_collectives(self.ledger)}")
         if jax.process_index() == 0:
             save_run(
                 self.workdir, title=self.name, config=to_dict(self.run), config_diff=diff(self.run),
@@ -391,7 +398,7 @@ class _Run:
         return Result(self.workdir, step, self.evaluation, stopped_by)
 
     def _introduce(self, start: int) -> None:
-        """Tells what is about to run, once."""
+        """Tells what is about to run."""
         run, program, show = self.run, self.program, self.progress.print
         device = program.mesh.devices.flat[0]
         params = sum(
@@ -400,7 +407,7 @@ class _Run:
         )
         mesh = " x ".join(f"{axis}={size}" for axis, size in program.mesh.shape.items())
         shape = program.batch
-        if self.answers and jax.process_index() == 0:
+        if self.answers:
             self.progress.console.print(answers_table(list(self.answers)))
         show(
             "settings that differ from the defaults: "
@@ -414,9 +421,6 @@ class _Run:
             f"batch: {shape.global_size} sequences = {shape.micro_size} per device x {shape.shards} shards x {shape.accumulate} micro-steps, of {run.seq_len} tokens"
         )
         show(f"data: {self.corpus.describe()}")
-        show(
-            f"state: {format_bytes(bytes_per_device(program.abstract_state))} per device; {_collectives(self.ledger)}"
-        )
         for line in notices(program):
             show(line)
         show(

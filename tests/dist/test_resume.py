@@ -69,11 +69,14 @@ def test_killed_run_repeats_the_uninterrupted_one_to_the_last_bit(
         assert ended.code == -signal.SIGKILL, ended
         assert resumed_from(ended.out) >= before
         before = resumed_from(ended.out)
-        assert records(workdir) == uninterrupted[: len(records(workdir))]
-    last = recipe.run(workdir, *DROPOUT)
-    assert resumed_from(last.out) > 0
+        *whole, last = records(workdir)
+        assert whole == uninterrupted[: len(whole)]
+        # The evaluation of the last step may be missing yet.
+        assert last.items() <= uninterrupted[len(whole)].items()
+    ended = recipe.run(workdir, *DROPOUT)
+    assert resumed_from(ended.out) > 0
     # A kill may have hit the writing of a checkpoint; nothing else is worth a word.
-    assert all(line.endswith("it is unfinished") for line in last.err.splitlines())
+    assert all(line.endswith("it is unfinished") for line in ended.err.splitlines())
     assert records(workdir) == uninterrupted
 
 
