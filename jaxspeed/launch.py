@@ -19,6 +19,7 @@ import warnings
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from jaxspeed.config import ConfigError, RunConfig, config_error
 
@@ -191,7 +192,7 @@ def _check_group(run: RunConfig) -> None:
         )
 
 
-def _initialise(who: str, *group: str | int) -> None:
+def _initialise(who: str, *group: Any) -> None:
     """Calls jax.distributed.initialize; what it would do with a stack trace is one line here."""
     late = (
         f"{who}: not all processes of the job came within {JOIN_TIMEOUT_S:g} s; check that every one "
@@ -203,8 +204,8 @@ def _initialise(who: str, *group: str | int) -> None:
         with _deadline(JOIN_TIMEOUT_S, late):
             jax.distributed.initialize(
                 *group,
-                initialization_timeout=int(JOIN_TIMEOUT_S) + 60,  # pyright: ignore
-            )  # type: ignore[arg-type]
+                initialization_timeout=int(JOIN_TIMEOUT_S) + 60,
+            )
     except (RuntimeError, ValueError, OSError) as error:
         raise ConfigError(
             f"{who}: could not join ({' '.join(str(error).split())[:200]}); "
