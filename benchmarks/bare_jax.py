@@ -116,7 +116,7 @@ def _loss(params, ids, dtype):
 def _block(x, layer, dtype):
     h = _layer_norm(x, *layer["ln_1"], dtype)
     q, k, v = (
-        _linear(h, *layer[name], dtype).reshape(B, T, HEADS, H)
+        _linear(h, *layer[name], dtype).reshape(B, T, HEADS, H)  # pyright: ignore
         for name in "qkv"  # pyright: ignore
     )
     h = _attention(q, k, v, dtype).reshape(M, D)  # pyright: ignore
