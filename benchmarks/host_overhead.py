@@ -48,7 +48,6 @@ def measure(run: RunConfig) -> dict[str, Any]:
     import jax
 
     from jaxspeed import loop
-    from jaxspeed.program import Program
 
     parts: dict[str, float] = {}
     marks: list[float] = []
@@ -74,9 +73,8 @@ def measure(run: RunConfig) -> dict[str, Any]:
                 marks.append(time.thread_time())
                 return step(state, batch)
 
-            return timed("dispatch", marked)
+            return timed("transfer_and_dispatch", marked)
 
-    Program.put_batch = timed("transfer", Program.put_batch)
     Run(run, "host_overhead", ()).fit()
     warm = marks[len(marks) // 4 :]
     steps = [after - before for before, after in zip(warm, warm[1:], strict=False)]

@@ -251,9 +251,8 @@ def _guarded(
         # Nobody reads on (`| head`); without this the interpreter complains when it ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 128 + signal.SIGPIPE
-    except (
-        Exception
-    ):  # a defect; shown in full, and one of several processes must leave
+    except Exception:
+        # A defect: shown in full; and one of several processes must still leave.
         traceback.print_exc()
         code = 1
     leave(code)
@@ -306,9 +305,8 @@ def _shown_log() -> Iterator[None]:
     library = logging.getLogger("jaxspeed")
     before = library.level, library.propagate
     library.setLevel(logging.INFO if jax.process_index() == 0 else logging.WARNING)
-    library.propagate = (
-        False  # some package that we import gives the root logger a handler
-    )
+    # Some package that we import gives the root logger a handler.
+    library.propagate = False
     for handler in (plain, warnings):
         library.addHandler(handler)
     try:

@@ -228,12 +228,14 @@ class _Run:
         """Runs updates until the end or a signal; returns the state and its step."""
         run, step = self.run, start
         pending: _Pending | None = None
+        # A compiled step takes host arrays itself, at a fraction of the host time that
+        # putting them first takes; one of several processes has to put its share.
+        alone = jax.process_count() == 1
+        give = self.program.arrange if alone else self.program.put_batch
         self.clock.restart(start)
         while step < run.steps and not self.stop.agreed():
             rows = next(self.data)
-            batch = self.program.put_batch(rows)
-            with jax.transfer_guard("disallow"):
-                state, metrics = step_fn(state, batch)
+            state, metrics = step_fn(state, give(rows))
             step += 1
             if pending:
                 self._note(pending, state)
@@ -297,14 +299,10 @@ class _Run:
         state: State,
         rows: Mapping[str, np.ndarray],
     ) -> TrainingError:
-        state = {
-            **state,
-            "step": state["step"] * 0 + (step - 1),
-        }  # that step's dropout masks
-        leaf = (
-            first_nonfinite(self.program, state, rows)
-            or "none with the present parameters"
-        )
+        # With that step's number, for its dropout masks.
+        then = {**state, "step": state["step"] * 0 + (step - 1)}
+        leaf = first_nonfinite(self.program, then, rows)
+        leaf = leaf or "none with the present parameters"
         batch_tokens = self.program.batch.global_size * self.run.seq_len
         position = f"data tokens {max(0, self.tokens - batch_tokens):,} to {self.tokens:,}; first non-finite gradient: {leaf}"
         kept = (
@@ -472,9 +470,13 @@ def _device_trouble(said: str) -> str:
     if "RESOURCE_EXHAUSTED" in said or "Out of memory" in said:
         change = "lower micro_batch_size (accumulate makes up for it), or set remat full, a higher zero.stage or more devices"
         return f"out of memory on a device ({said}); {change}"
-    if jax.process_count() > 1:
+    if jax.process_count() > 1 and any(sign in said for sign in _SIGNS_OF_LOSS):
         return f"another process of the job is gone, or the link to it ({said}); start all of them again: the run goes on from its newest checkpoint"
     return ""
+
+
+_SIGNS_OF_LOSS = ("Gloo", "NCCL", "UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "reset by peer", "heartbeat")  # fmt: skip
+"""What the runtimes say when a partner does not answer."""
 
 
 class _Clock:

@@ -273,11 +273,27 @@ def test_lock_that_the_file_system_cannot_give_is_a_warning(
         assert "cannot be locked (Operation not supported)" in caplog.text
 
 
-def test_runtime_failures_are_told_in_words() -> None:
-    told = loop._device_trouble("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
-    assert told.startswith("out of memory on a device (RESOURCE_EXHAUSTED")
-    assert "lower micro_batch_size" in told
-    assert loop._device_trouble("INTERNAL: a defect") == ""
+@pytest.mark.parametrize(
+    ("said", "processes", "words"),
+    [
+        ("RESOURCE_EXHAUSTED: 9 bytes.", 1, "out of memory on a device (RESOURCE_EXH"),
+        (
+            "INTERNAL: Out of memory allocating",
+            2,
+            "out of memory on a device (INTERNAL",
+        ),
+        ("UNKNOWN: Gloo AllGather failed", 2, "another process of the job is gone"),
+        ("UNKNOWN: Gloo AllGather failed", 1, ""),
+        ("INTERNAL: a defect", 2, ""),
+    ],
+)
+def test_runtime_failures_are_told_in_words(
+    said: str, processes: int, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jax, "process_count", lambda: processes)
+    told = loop._device_trouble(said)
+    assert told.startswith(words)
+    assert bool(told) == bool(words)
 
 
 def test_memory_rows_add_up_to_the_state(run: RunConfig) -> None:
