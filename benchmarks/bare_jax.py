@@ -40,7 +40,7 @@ from jax import lax
 LAYERS, HEADS, D, T, B = 6, 6, 384, 256, 8
 H = D // HEADS
 M = B * T
-LOSS_CHUNK = 512  # tokens of logits alive at once
+LOSS_CHUNK = 1024  # tokens of logits alive at once
 KEY_BLOCK = 128  # keys per block of causal attention
 MASKED = -1e30
 BARRIER = lax.optimization_barrier

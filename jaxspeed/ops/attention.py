@@ -46,19 +46,15 @@ def attention(
         k.shape,
         segment_ids is not None,
     )
-    if chosen != "cpu":  # which names its own, in the layout that it reads
+    if chosen != "cpu":  # which casts and names its own, in the layout that it reads
         q, k, v = (
-            checkpoint_name(x, name) for x, name in ((q, "q"), (k, "k"), (v, "v"))
+            checkpoint_name(x.astype(settings.compute), name)
+            for x, name in ((q, "q"), (k, "k"), (v, "v"))
         )
     kernel = _KERNELS[chosen]
     if settings.tensor > 1 and chosen in ("splash", "cudnn"):
         kernel = _over_tensor(kernel, settings.tensor, q.shape[2], k.shape[2])
-    out = kernel(
-        q.astype(settings.compute),
-        k.astype(settings.compute),
-        v.astype(settings.compute),
-        segment_ids,
-    )
+    out = kernel(q, k, v, segment_ids)
     return checkpoint_name(out.astype(settings.activations), "attended")
 
 

@@ -7,6 +7,7 @@ every product sums over the last dim of its left operand, which is what XLA's fa
 want, and no score is ever turned. Grouped queries lie beside each other behind their key head.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxspeed.ambient import current
 from jaxspeed.ops.linear import pack, unpack
 from jaxspeed.remat import NORMALISER_NAME
 
@@ -27,25 +29,32 @@ def cpu_attention(
     v: Float[Array, "B T K H"],
     segment_ids: Int[Array, "B T"] | None,
 ) -> Float[Array, "B T N H"]:
-    """Returns what `jaxspeed.ops.attention` does, in float32; products are in q's dtype."""
-    out: Any = _attend(q, k, v, segment_ids)
+    """Returns what `jaxspeed.ops.attention` does, in float32.
+
+    Operands are rounded to the ambient compute dtype one sequence at a time: XLA's CPU backend
+    slices no 16-bit floats, and would widen and narrow whole arrays around the scan (jaxlib 0.10).
+    """
+    out: Any = _attend(current().compute, q, k, v, segment_ids)
     return out
 
 
-@jax.custom_vjp
-def _attend(q: Array, k: Array, v: Array, segment_ids: Array | None) -> Array:
-    return _attend_fwd(q, k, v, segment_ids)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(
+    dtype: Any, q: Array, k: Array, v: Array, segment_ids: Array | None
+) -> Array:
+    return _attend_fwd(dtype, q, k, v, segment_ids)[0]
 
 
 def _attend_fwd(
-    q: Array, k: Array, v: Array, segment_ids: Array | None
+    dtype: Any, q: Array, k: Array, v: Array, segment_ids: Array | None
 ) -> tuple[Array, tuple[Any, ...]]:
     _, T, N, H = q.shape
-    K, dtype = k.shape[2], q.dtype
+    K, like = k.shape[2], jnp.zeros((0,), q.dtype)
     G, block = N // K, _block(T)
 
     def one(_: None, sequence: Any) -> tuple[None, tuple[Array, ...]]:
         q, k, v, segments = sequence
+        k, v = k.astype(dtype), v.astype(dtype)
         q = _heads((q * H**-0.5).astype(dtype)).reshape(K, G, T, H)
         k, v, out, normaliser = _heads(k), _heads(v), [], []
         # A row of ones under the values: the same product gives the sum of the weights.
@@ -69,15 +78,15 @@ def _attend_fwd(
     names = ("q", "k", "v", NORMALISER_NAME)
     kept = [checkpoint_name(x, name) for x, name in zip(kept, names, strict=True)]
     attended = checkpoint_name(pack(out.astype(dtype)), "attended")
-    return out, (*kept, attended, segment_ids, jnp.zeros((0,), dtype))
+    return out, (*kept, attended, segment_ids, like)
 
 
 def _attend_bwd(
-    residuals: tuple[Any, ...], g: Array
+    dtype: Any, residuals: tuple[Any, ...], g: Array
 ) -> tuple[Array, Array, Array, None]:
     q, k, v, normaliser, attended, segment_ids, like = residuals
     B, K, G, T, H = q.shape
-    dtype, block = like.dtype, _block(T)
+    block = _block(T)
     delta = jnp.sum(g * unpack(attended, dtype).astype(jnp.float32), -1)
 
     def one(_: None, sequence: Any) -> tuple[None, tuple[Array, Array, Array]]:
@@ -107,7 +116,8 @@ def _attend_bwd(
             d_q = jnp.concatenate([d_q[..., :start], later], 3)
         d_q = (d_q * H**-0.5).transpose(3, 0, 2, 1).reshape(T, K * G, H)
         by_token = [jnp.concatenate(x, 1).transpose(1, 0, 2) for x in (d_k, d_v)]
-        return None, (d_q.astype(dtype), *(x.astype(dtype) for x in by_token))  # pyright: ignore
+        d_q, d_k, d_v = (x.astype(like.dtype) for x in (d_q, *by_token))
+        return None, (d_q, d_k, d_v)
 
     delta = delta.reshape(B, T, K, G)
     inputs = (q, k, v, normaliser, delta, g, segment_ids)

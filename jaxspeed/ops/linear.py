@@ -66,15 +66,22 @@ def dot_rows(a: Float[Array, "M K"], b: Float[Array, "M N"]) -> Float[Array, "K 
     """Returns a^T b of 16-bit operands, summed in float32, as CPUs do it fast.
 
     XLA's CPU backend has a fast 16-bit product only where the left operand is summed over its
-    last dim, as written: half the time, with the transpose paid for. It folds a plain transpose
-    back into the product, but not one that goes through three dims (jaxlib 0.10).
+    last dim, as written: half the time, with the transpose of the narrower operand paid for. It
+    folds a plain transpose into the product, but not one that goes through three dims, nor one
+    behind a barrier (jaxlib 0.10).
     """
     rows = a.shape[0]
     blocks = math.gcd(rows, 8)
     if blocks == 1:
         return dot(a, b, (0, 0))
-    turned = a.reshape(blocks, rows // blocks, -1).transpose(2, 0, 1)
-    return dot(turned.reshape(-1, rows), b, (1, 0))
+
+    def turned(x: Array) -> Array:
+        thirds = x.reshape(blocks, rows // blocks, -1).transpose(2, 0, 1)
+        return thirds.reshape(-1, rows)
+
+    if a.shape[1] <= b.shape[1]:
+        return dot(turned(a), b, (1, 0))
+    return jax.lax.optimization_barrier(dot(turned(b), a, (1, 0))).T
 
 
 def pack(x: Array) -> Array:
@@ -139,12 +146,8 @@ def _affine_bwd(
     compute: Any, out: Any, residuals: tuple[Array, ...], g: Array
 ) -> tuple[Array, Array, Array]:
     dx, dw = _product_bwd(compute, out, residuals, g)
-    return dx, dw, sum_rows(g)
+    # Sum what the products read: on CPU a second, float32 copy of g costs a pass over memory.
+    return dx, dw, jnp.sum(g.astype(compute), 0, dtype=jnp.float32)
 
 
 _affine.defvjp(_affine_fwd, _affine_bwd)
-
-
-def sum_rows(g: Float[Array, "M N"]) -> Float[Array, " N"]:
-    """Returns the float32 sum over rows, as a product: XLA's CPU column sums are many times slower inside a scan."""
-    return dot(jnp.ones((1, g.shape[0]), jnp.float32), g.astype(jnp.float32), (1, 0))[0]

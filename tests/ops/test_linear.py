@@ -10,7 +10,7 @@ import pytest
 
 from jaxspeed.ambient import ambient
 from jaxspeed.ops import linear
-from jaxspeed.ops.linear import dot, sum_rows
+from jaxspeed.ops.linear import dot, dot_rows
 
 
 RNG = np.random.default_rng(0)
@@ -120,11 +120,11 @@ def test_dot_contracts_the_dims_it_is_told(contracting: tuple[int, int]) -> None
     )
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_sum_rows_is_a_float32_sum(dtype: Any) -> None:
-    g = jnp.asarray(RNG.normal(size=(33, 5)), dtype)
-    rows = sum_rows(g)
-    assert rows.dtype == jnp.float32
-    np.testing.assert_allclose(
-        rows, np.asarray(g, np.float64).sum(0), rtol=1e-5, atol=1e-6
-    )
+@pytest.mark.parametrize("widths", [(3, 8), (8, 3), (5, 5)])
+@pytest.mark.parametrize("rows", [16, 33])
+def test_dot_rows_sums_over_rows_in_float32(widths: tuple[int, int], rows: int) -> None:
+    a, b = (jnp.asarray(RNG.normal(size=(rows, n)), jnp.bfloat16) for n in widths)
+    product = jax.jit(dot_rows)(a, b)
+    assert product.dtype == jnp.float32
+    expected = np.asarray(a, np.float64).T @ np.asarray(b, np.float64)
+    np.testing.assert_allclose(product, expected, rtol=1e-5, atol=1e-5)
