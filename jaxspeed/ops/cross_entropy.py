@@ -64,8 +64,8 @@ def fused_cross_entropy(
 
 
 def _chunk_tokens(tokens: int) -> int:
-    """Returns the tokens per chunk: equal chunks, as few as CHUNK_TOKENS allows, but two at least."""
-    chunks = max(2, -(-tokens // CHUNK_TOKENS))
+    """Returns the tokens per chunk: equal chunks, as few as CHUNK_TOKENS allows; from 512 tokens on two at least."""
+    chunks = max(1, min(2, tokens // 512), -(-tokens // CHUNK_TOKENS))
     return max(1, -(-tokens // chunks))
 
 
