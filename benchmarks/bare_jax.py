@@ -23,6 +23,7 @@ import resource
 import statistics
 import sys
 import time
+from typing import Any
 
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -56,6 +57,8 @@ def main() -> None:
     started = time.perf_counter()
     compiled = step.lower(params, opt, ids).compile()
     compile_s = time.perf_counter() - started
+    memory = compiled.memory_analysis()
+    assert memory is not None
     losses, cpu, wall = [], [], []
     for _ in range(args.warmup + args.steps):
         c, w = time.process_time(), time.perf_counter()
@@ -76,7 +79,7 @@ def main() -> None:
         "step_s": round(step_s, 4),
         "compile_s": round(compile_s, 1),
         "rss_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2),
-        "temp_mb": compiled.memory_analysis().temp_size_in_bytes >> 20,  # pyright: ignore
+        "temp_mb": memory.temp_size_in_bytes >> 20,
         "loss0": round(losses[0], 5),
         "lossN": round(losses[-1], 5),
         "jax": jax.__version__,
@@ -107,7 +110,7 @@ def _loss(params, ids, dtype):
     x, _ = lax.scan(body, x, params["layers"])
     x = _layer_norm(x, *params["ln_f"], dtype)
     mask = jnp.broadcast_to(jnp.arange(T) < T - 1, (B, T)).reshape(M)
-    total, count = _cross_entropy(  # pyright: ignore
+    total, count = _cross_entropy(
         x, params["wte"], jnp.roll(ids, -1, 1).reshape(M), mask, dtype
     )
     return total / count
@@ -116,10 +119,9 @@ def _loss(params, ids, dtype):
 def _block(x, layer, dtype):
     h = _layer_norm(x, *layer["ln_1"], dtype)
     q, k, v = (
-        _linear(h, *layer[name], dtype).reshape(B, T, HEADS, H)  # pyright: ignore
-        for name in "qkv"  # pyright: ignore
+        _linear(h, *layer[name], dtype).reshape(B, T, HEADS, H) for name in "qkv"
     )
-    h = _attention(q, k, v, dtype).reshape(M, D)  # pyright: ignore
+    h = _attention(q, k, v, dtype).reshape(M, D)
     x = x + _linear(h, *layer["proj"], dtype)
     h = _layer_norm(x, *layer["ln_2"], dtype)
     h = _gelu(_linear(h, *layer["fc"], dtype), dtype)
@@ -156,7 +158,11 @@ def _unpack(x):
     return lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _custom_vjp(static: int) -> Any:
+    return functools.partial(jax.custom_vjp, nondiff_argnums=(static,))
+
+
+@_custom_vjp(3)
 def _linear(x, w, b, dtype):
     return _linear_fwd(x, w, b, dtype)[0]
 
@@ -181,7 +187,7 @@ def _linear_bwd(dtype, saved, g):
 _linear.defvjp(_linear_fwd, _linear_bwd)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+@_custom_vjp(3)
 def _layer_norm(x, scale, bias, dtype):
     return _layer_norm_fwd(x, scale, bias, dtype)[0]
 
@@ -203,7 +209,7 @@ def _layer_norm_bwd(dtype, saved, g):
 _layer_norm.defvjp(_layer_norm_fwd, _layer_norm_bwd)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+@_custom_vjp(1)
 def _gelu(x, dtype):
     return _gelu_fwd(x, dtype)[0]
 
@@ -226,7 +232,7 @@ def _gelu_tanh(x):
 _gelu.defvjp(_gelu_fwd, _gelu_bwd)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+@_custom_vjp(3)
 def _attention(q, k, v, dtype):
     return _attention_fwd(q, k, v, dtype)[0]
 
@@ -306,7 +312,7 @@ def _mask(s, query_start):
     return jnp.where(key <= query, s, MASKED)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+@_custom_vjp(4)
 def _cross_entropy(h, w, targets, mask, dtype):
     return _cross_entropy_fwd(h, w, targets, mask, dtype)[0]
 
@@ -391,7 +397,7 @@ def _random(vocab):
 
 
 def _arguments():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # pyright: ignore
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--vocab", type=int, default=8192)
     parser.add_argument("--bf16", action="store_true", help="products in bfloat16")
     parser.add_argument("--warmup", type=int, default=2)

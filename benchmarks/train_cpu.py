@@ -61,7 +61,7 @@ def main() -> None:
     step = program.lower_step(["inputs"]).compile()
     if args.hlo:
         with open(args.hlo, "w") as file:
-            file.write(step.as_text())  # pyright: ignore
+            file.write(step.as_text() or "")
     batch = {"inputs": inputs}
     losses, walls, cpus = [], [], []
     for i in range(args.warmup + args.steps):

@@ -79,7 +79,7 @@ def quiet() -> None:
     ):
         # The plugins of absent hardware would print traces and warnings.
         logging.getLogger("jax._src.xla_bridge").setLevel(logging.CRITICAL)
-        if not jax.config.jax_platforms:  # pyright: ignore
+        if not jax.config.jax_platforms:  # pyright: ignore[reportAttributeAccessIssue]
             jax.config.update("jax_platforms", "cpu")
 
 
@@ -256,9 +256,8 @@ def _cluster() -> str:
     ):
         return f"TPU worker {env.get('TPU_WORKER_ID')} of {env.get('TPU_WORKER_HOSTNAMES')}"
     # jax sets this where it finds TPU chips; a Cloud TPU VM tells its metadata server the rest.
+    platforms = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]
     on_tpu = "TPU_ML_PLATFORM" in env and not env.get("TPU_SKIP_MDS_QUERY")
     return (
-        "Cloud TPU VM"
-        if on_tpu and jax.config.jax_platforms in (None, "", "tpu", "tpu,cpu")  # pyright: ignore
-        else ""
+        "Cloud TPU VM" if on_tpu and platforms in (None, "", "tpu", "tpu,cpu") else ""
     )

@@ -75,10 +75,8 @@ class Program:
         )
 
     @functools.cached_property
-    def train_step(
-        self,
-    ) -> Callable[[State, Mapping[str, jax.Array]], tuple[State, dict[str, jax.Array]]]:
-        """The jitted step; it takes over (donates) the state it is given."""
+    def train_step(self) -> jax.stages.Wrapped:
+        """The jitted step, `(state, batch) -> (state, metrics)`; it takes over (donates) the state it is given."""
         step = make_train_step(
             self.spec,
             self.tx,
@@ -128,7 +126,7 @@ class Program:
     def lower_step(self, names: Sequence[str] | None = None) -> jax.stages.Lowered:
         """Returns the lowered train step; `.compile()` works for devices that are not there."""
         batch = self.abstract_batch(names) if names else self.abstract_batch()
-        return self.train_step.lower(self.abstract_state, batch)  # type: ignore[attr-defined]
+        return self.train_step.lower(self.abstract_state, batch)
 
     @functools.cached_property
     def process_rows(self) -> tuple[int, int]:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sampling is the training model's own forward pass, token by token."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,9 +20,9 @@ PROMPT = np.array([3, 1, 4], np.int32)
 
 
 def sampled(program: Program, state: State, prompt: np.ndarray, **how: float) -> list:
-    given = {"num_tokens": 12, "temperature": 0.0, "seed": 0} | how
+    given: dict[str, Any] = {"num_tokens": 12, "temperature": 0.0, "seed": 0} | how
     key = jax.random.key(int(given.pop("seed")))
-    tokens = sample_tokens(program, state["params"], prompt, key=key, **given)  # pyright: ignore
+    tokens = sample_tokens(program, state["params"], prompt, key=key, **given)
     return tokens.tolist()
 
 

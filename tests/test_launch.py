@@ -159,7 +159,7 @@ def test_clusters_are_recognised(
 ) -> None:
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    platforms = jax.config.jax_platforms  # pyright: ignore
+    platforms = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]
     jax.config.update("jax_platforms", "tpu,cpu")
     try:
         launch._join(run_of())

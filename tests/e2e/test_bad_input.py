@@ -9,7 +9,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -46,7 +45,8 @@ def train(
     def run(workdir: Path, *flags: str) -> Ended:
         capfd.readouterr()
         code = cli.train(recipe.command(workdir, *flags)[2:])
-        return Ended(code, *capfd.readouterr())  # pyright: ignore
+        captured = capfd.readouterr()
+        return Ended(code, captured.out, captured.err)
 
     return run
 
@@ -347,10 +347,11 @@ def test_second_run_in_the_same_directory(recipe: Recipe, tmp_path: Path) -> Non
 
 
 def test_recipe_with_an_error(
-    tmp_path: Path, capfd: pytest.CaptureFixture[Any]
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     broken = tmp_path / "broken.py"
     broken.write_text("def config():\n    return undefined")
     code = cli.train([str(broken)])
     words = "line 2: NameError: name 'undefined' is not defined"
-    assert_refused(Ended(code, *capfd.readouterr()), str(broken), words)  # pyright: ignore
+    captured = capfd.readouterr()
+    assert_refused(Ended(code, captured.out, captured.err), str(broken), words)

@@ -2,6 +2,7 @@
 """Activations equal their formulas; dropout keeps the mean, and draws by key and site."""
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +20,9 @@ def gelu_tanh(x: np.ndarray) -> np.ndarray:
     return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
-def numeric(f: object, x: np.ndarray) -> np.ndarray:
+def numeric(f: Callable[[np.ndarray], np.ndarray], x: np.ndarray) -> np.ndarray:
     h = 1e-5
-    return (f(x + h) - f(x - h)) / (2 * h)  # type: ignore[operator]
+    return (f(x + h) - f(x - h)) / (2 * h)
 
 
 def test_gelu_equals_the_tanh_formula_with_gradient() -> None:
