@@ -305,6 +305,10 @@ def notices(program: Program) -> list[str]:
         said.append(
             f"zero.stage={run.zero.stage} shards nothing here: mesh.fsdp is 1 (one shard holds all)"
         )
+    if run.steps < run.schedule.warmup_steps:
+        said.append(
+            f"schedule.warmup_steps={run.schedule.warmup_steps}: the run's {run.steps} steps end before the warm-up does"
+        )
     odd = [
         place
         for place in jax.tree.leaves(

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxspeed.config import ConfigError, ScheduleConfig, config_error
+from jaxspeed.config import ScheduleConfig, config_error
 
 
 Schedule = Callable[[jax.typing.ArrayLike], Float[Array, ""]]
@@ -58,12 +58,17 @@ def make_schedule(cfg: ScheduleConfig, lr: float, steps: int) -> Schedule:
         A function of an int32 count that gives a float32 rate and may be traced.
 
     Raises:
-        ConfigError: a length of 0 where the formula divides by it, or an end before the
-            warm-up is over.
+        ConfigError: a length of 0 where the formula divides by it, or a `total_steps` that is
+            over before the warm-up. That the run itself is, is no error: it ends on the rise.
     """
     total = cfg.total_steps or steps
-    if cfg.name in ("cosine", "warmup_decay", "warmup_cosine"):
-        _check_total(cfg, total)
+    if 0 < cfg.total_steps < cfg.warmup_steps:
+        raise config_error(
+            "schedule.total_steps",
+            cfg.total_steps,
+            f"the decay would end before the warm-up of {cfg.warmup_steps} steps does",
+            "give a smaller schedule.warmup_steps or a larger schedule.total_steps",
+        )
     if cfg.name in ("warmup", "warmup_decay", "warmup_cosine") and cfg.warmup_steps < 1:
         raise config_error(
             "schedule.warmup_steps",
@@ -243,15 +248,6 @@ def _gamma(cfg: ScheduleConfig, i: Int[Array, ""]) -> Float[Array, ""]:
 def _cosine(progress: Float[Array, ""], low: float) -> Float[Array, ""]:
     half = (1 + jnp.cos(math.pi * jnp.clip(progress, 0.0, 1.0))) / 2
     return low + (1 - low) * half
-
-
-def _check_total(cfg: ScheduleConfig, total: int) -> None:
-    if total < cfg.warmup_steps:
-        source = "schedule.total_steps" if cfg.total_steps else "the run's steps"
-        raise ConfigError(
-            f"schedule.warmup_steps={cfg.warmup_steps}: the decay of {cfg.name} would end at "
-            f"{source}={total}, before the warm-up does; give a smaller warmup_steps or more steps"
-        )
 
 
 def _int32(count: jax.typing.ArrayLike) -> Int[Array, ""]:

@@ -17,6 +17,7 @@ from jaxspeed.config import (
     DTypeConfig,
     LossScaleConfig,
     MeshConfig,
+    ScheduleConfig,
     ZeroConfig,
 )
 from jaxspeed.program import Program, build_program, notices
@@ -234,6 +235,11 @@ def test_loss_scale_is_a_part_of_float16_states_only() -> None:
             ],
         ),
         ({"stage": 0, "model": toy.Config(d_model=12, vocab_size=30)}, 8, []),
+        (
+            {"schedule": ScheduleConfig(warmup_steps=99)},
+            8,
+            ["schedule.warmup_steps=99"],
+        ),
         (
             {"stage": 3, "model": toy.Config(vocab_size=70_001), "mesh": MESH},
             8,
