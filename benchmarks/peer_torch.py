@@ -123,6 +123,7 @@ def _deepspeed_step(args, model, ids):
         "zero_optimization": {"stage": args.stage},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
+        "gradient_clipping": 0.0,  # its default is 1.0 since 0.19.3
         "bf16": {"enabled": args.bf16},
     }
     opt = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.01)

@@ -24,7 +24,7 @@ from jaxspeed.deepspeed_json import Answer, apply_deepspeed, load_deepspeed_json
 from jaxspeed.losses import next_token_loss
 from jaxspeed.program import Program, State, build_program
 from jaxspeed.step import make_grad_fn
-from jaxspeed.types import LossFn, Params
+from jaxspeed.types import LossFn, Params, TrainingError
 
 
 HostBatch = Mapping[str, np.ndarray | jax.Array]
@@ -108,6 +108,7 @@ class Engine:
         self._micro: list[MicroLoss] = []
         self._metrics: dict[str, jax.Array] | None = None
         self._skipped_before: int | jax.Array = 0
+        self._training = True
 
     @property
     def params(self) -> Params:
@@ -135,8 +136,11 @@ class Engine:
 
         Raises:
             ConfigError: the number of rows does not fit.
+            TrainingError: an earlier update overflowed at the smallest loss scale (it is looked
+                at when that update is done, so that the host does not wait for it).
         """
         device_batch = self.program.put_batch(_rows(batch))
+        self._refuse_exhausted()
         # Not read here, so that the host does not wait for the last step.
         self._skipped_before = (
             self.skipped_steps
@@ -169,6 +173,10 @@ class Engine:
         if not isinstance(loss, MicroLoss) or loss.engine is not self:
             raise ConfigError(
                 f"backward({type(loss).__name__}): takes what engine(batch) returned, unchanged; put your own loss into initialize(loss_fn=...)"
+            )
+        if not self._training:
+            raise ConfigError(
+                "backward: the engine is in evaluation mode; call engine.train() first"
             )
         if len(self._micro) == self.program.batch.accumulate:
             raise ConfigError(
@@ -207,6 +215,35 @@ class Engine:
         """Whether the next `step` will update the parameters."""
         return len(self._micro) == self.program.batch.accumulate
 
+    def train(self, mode: bool = True) -> "Engine":
+        """Allows `backward` again after `eval`, as in PyTorch; returns the engine.
+
+        Nothing else depends on the mode: a loss that is read before `step` is computed without
+        dropout, and an update always uses it.
+        """
+        self._training = mode
+        return self
+
+    def eval(self) -> "Engine":
+        """Makes `backward` an error until `train` is called; returns the engine."""
+        return self.train(False)
+
+    def train_batch_size(self) -> int:
+        """Returns the rows of one update over all devices."""
+        return self.program.batch.global_size
+
+    def train_micro_batch_size_per_gpu(self) -> int:
+        """Returns the rows of one micro-step on one batch shard."""
+        return self.program.batch.micro_size
+
+    def gradient_accumulation_steps(self) -> int:
+        """Returns the micro-steps of one update."""
+        return self.program.batch.accumulate
+
+    def zero_optimization_stage(self) -> int:
+        """Returns the ZeRO stage."""
+        return self.program.run.zero.stage
+
     def eval_batch(self, batch: HostBatch) -> float:
         """Returns the mean loss of a global batch, without dropout or gradients."""
         rows = _rows(batch)
@@ -219,9 +256,9 @@ class Engine:
         """Returns the last update's gradient norm before clipping; after clipping it is the metric `train/grad_norm_clipped`."""
         return float(self._last()["train/grad_norm"])
 
-    def get_lr(self) -> float:
-        """Returns the last update's learning rate."""
-        return float(self._last()["train/lr"])
+    def get_lr(self) -> list[float]:
+        """Returns the last update's learning rate, in a list of one as in DeepSpeed: there is one group of parameters."""
+        return [float(self._last()["train/lr"])]
 
     def was_step_applied(self) -> bool:
         """Whether the last update changed the parameters (False: a gradient was not finite)."""
@@ -273,6 +310,15 @@ class Engine:
             self.state, meta = checkpoints.restore(step, self.program.abstract_state)
         self._metrics, self._micro = None, []
         return self.global_steps, meta.get("client_state", {})
+
+    def _refuse_exhausted(self) -> None:
+        scale = self.state["loss_scale"]
+        if scale and scale.exhausted.is_ready() and bool(scale.exhausted):
+            minimum = self.program.run.loss_scale.minimum
+            raise TrainingError(
+                f"a gradient overflowed at the smallest loss scale (loss_scale.minimum={minimum:g}), by step {self.global_steps}; "
+                "use bfloat16 (bf16.enabled), or a lower learning rate"
+            )
 
     def _last(self) -> dict[str, jax.Array]:
         if self._metrics is None:

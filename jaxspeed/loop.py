@@ -47,13 +47,10 @@ from jaxspeed.program import Program, State, build_program, notices
 from jaxspeed.progress import Progress, format_count
 from jaxspeed.report import add_sample, format_bytes, report_from_run, save_run
 from jaxspeed.state import bytes_per_device
+from jaxspeed.types import TrainingError
 
 
 logger = logging.getLogger(__name__)
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on: one line with step, cause and data position. What was saved stays."""
 
 
 @dataclasses.dataclass(frozen=True)

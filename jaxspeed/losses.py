@@ -3,6 +3,7 @@
 
 import jax.numpy as jnp
 
+from jaxspeed.config import ConfigError
 from jaxspeed.ops.cross_entropy import fused_cross_entropy
 from jaxspeed.types import Batch, CausalLM, Sums
 
@@ -15,8 +16,23 @@ def next_token_loss(model: CausalLM, batch: Batch) -> Sums:
     Args:
         model: a decoder.
         batch: `inputs`, and optionally `targets`, `mask`, `positions`, `segment_ids`.
+
+    Raises:
+        ConfigError: there is no `inputs`, ids are not integers, or a mask is not of booleans or
+            integers (its 0 and 1): a fraction would be taken for a whole.
     """
+    if "inputs" not in batch:
+        raise ConfigError(
+            f"batch has {sorted(batch)}: next_token_loss needs inputs, token ids of shape (B, T); "
+            "name them so, or give a loss_fn of your own"
+        )
+    for name in ("inputs", "targets", "mask", "positions", "segment_ids"):
+        dtype = batch[name].dtype if name in batch else jnp.dtype(int)
+        if not (jnp.issubdtype(dtype, jnp.integer) or (name, dtype) == ("mask", bool)):
+            what = "booleans (True counts)" if name == "mask" else "integers"
+            raise ConfigError(f"batch[{name!r}] is of {dtype}: give {what}")
     inputs, mask = batch["inputs"], batch.get("mask")
+    mask = None if mask is None else mask.astype(bool)
     if "targets" in batch:
         targets = batch["targets"]
     else:

@@ -8,6 +8,10 @@ import jax
 from jaxtyping import Array, Float, Int
 
 
+class TrainingError(RuntimeError):
+    """Training cannot go on: one line with step, cause and what to change. What was saved stays."""
+
+
 PyTree = Any
 """Any nest of dicts, tuples and dataclasses with arrays at the leaves."""
 

@@ -17,7 +17,7 @@ from flax import nnx
 import jaxspeed
 from jaxspeed.config import ConfigError, MeshConfig, RunConfig
 from jaxspeed.engine import Engine, MicroLoss
-from jaxspeed.types import Sums
+from jaxspeed.types import Sums, TrainingError
 from tests import toy
 from tests.toy import (
     G,
@@ -221,7 +221,7 @@ def test_figures_of_the_last_update() -> None:
         ):
             ask()
     metrics = engine.train_batch(batch_of())
-    assert engine.get_lr() == float(metrics["train/lr"]) == pytest.approx(1e-2)
+    assert engine.get_lr() == [float(metrics["train/lr"])] == [pytest.approx(1e-2)]
     assert engine.get_global_grad_norm() == float(metrics["train/grad_norm"]) > 0
     assert engine.was_step_applied()
     assert (engine.global_steps, engine.skipped_steps) == (1, 0)
@@ -248,6 +248,63 @@ def test_skips_before_a_load_do_not_count_after_it(tmp_path: Path) -> None:
         engine.was_step_applied()
     engine.train_batch(boom(1.0))
     assert engine.was_step_applied()
+
+
+def test_overflow_at_the_smallest_loss_scale_ends_training() -> None:
+    program = float16_program()
+    engine = Engine(program, toy.start(program))
+    while not bool(engine.state["loss_scale"].exhausted):
+        engine.train_batch(boom(np.inf))
+    before = host(engine.state)
+    with pytest.raises(
+        TrainingError, match=r"loss_scale.minimum=2\), by step \d+; use"
+    ):
+        engine.train_batch(boom(1.0))
+    assert_same(engine.state, before)
+
+
+def test_deepspeeds_questions_are_answered() -> None:
+    engine = engine_of(8, accumulate=2)
+    assert engine.train_batch_size() == G
+    assert engine.gradient_accumulation_steps() == 2
+    assert engine.train_micro_batch_size_per_gpu() == G // 8 // 2
+    assert engine.zero_optimization_stage() == engine.program.run.zero.stage
+
+
+def test_backward_needs_the_training_mode() -> None:
+    engine = engine_of()
+    loss = engine.eval()(batch_of())
+    assert loss.item() > 0
+    with pytest.raises(ConfigError, match="call engine.train"):
+        engine.backward(loss)
+    engine.train().backward(loss)
+    engine.step()
+    assert engine.global_steps == 1
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ({"ids": np.ones((G, T), np.int32)}, r"batch has \['ids'\].*name them so"),
+        ({"inputs": np.ones((G, T))}, "'inputs'] is of float32: give integers"),
+        (
+            {"inputs": np.ones((G, T), np.int32), "mask": np.ones((G, T))},
+            "'mask'] is of float32: give booleans",
+        ),
+    ],
+)
+def test_batch_of_other_arrays_is_refused_in_one_line(batch: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        engine_of().train_batch(batch)
+
+
+def test_mask_of_zeros_and_ones_is_a_mask() -> None:
+    whole = np.arange(G * T).reshape(G, T) % 3 > 0
+    losses = [
+        engine_of().eval_batch({**batch_of(), "mask": whole.astype(dtype)})
+        for dtype in (bool, np.int32)
+    ]
+    assert losses[0] == losses[1]
 
 
 class Planted(nnx.Module):
