@@ -40,6 +40,8 @@ class Config:
 
     def __post_init__(self) -> None:
         """Checks that heads divide the width."""
+        if self.num_heads < 1:
+            raise ValueError(f"model.num_heads={self.num_heads}: give 1 or more")
         if self.d_model % self.num_heads:
             raise ValueError(
                 f"model.d_model={self.d_model} does not divide by model.num_heads={self.num_heads}; "

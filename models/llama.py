@@ -48,6 +48,9 @@ class Config:
 
     def __post_init__(self) -> None:
         """Checks the head counts."""
+        for name in ("num_heads", "num_kv_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.{name}={getattr(self, name)}: give 1 or more")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"model.num_heads={self.num_heads} does not divide by model.num_kv_heads={self.num_kv_heads}; give a divisor of num_heads"

@@ -465,6 +465,8 @@ def test_sequence_longer_than_learned_positions_is_refused() -> None:
             "model.num_heads=4 does not divide by model.num_kv_heads=3",
         ),
         (llama.Config, {"head_dim": 7}, "model.head_dim=7 is odd"),
+        (gpt2.Config, {"num_heads": 0}, "model.num_heads=0: give 1 or more"),
+        (llama.Config, {"num_kv_heads": 0}, "model.num_kv_heads=0: give 1 or more"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(
