@@ -9,6 +9,7 @@ parameters, to the last bit, at the same cost.
 
 import dataclasses
 import inspect
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,12 @@ from jaxspeed.checkpoint import Checkpointer
 from jaxspeed.config import ConfigError, RunConfig, ScheduleConfig, to_dict
 from jaxspeed.deepspeed_json import Answer, apply_deepspeed, load_deepspeed_json
 from jaxspeed.losses import next_token_loss
-from jaxspeed.program import Program, State, build_program
+from jaxspeed.program import Program, State, build_program, notices
 from jaxspeed.step import make_grad_fn
 from jaxspeed.types import LossFn, Params, TrainingError
 
+
+logger = logging.getLogger(__name__)
 
 HostBatch = Mapping[str, np.ndarray | jax.Array]
 
@@ -84,6 +87,8 @@ def initialize(
     program = build_program(
         run, make_model=make_model, loss_fn=loss_fn, devices=devices
     )
+    for notice in notices(program):
+        logger.warning("%s", notice)
     state = program.init_state()
     if values is not None:
         # Copies, since the first step takes over (donates) the state.

@@ -309,29 +309,31 @@ def notices(program: Program) -> list[str]:
         said.append(
             f"schedule.warmup_steps={run.schedule.warmup_steps}: the run's {run.steps} steps end before the warm-up does"
         )
-    odd = [
-        place
-        for place in jax.tree.leaves(
-            program.spec.placements, is_leaf=dataclasses.is_dataclass
-        )
-        if place.zero_dim is None
-    ]
+    placements = jax.tree.leaves(program.spec.placements, is_leaf=is_placement)
+    odd = [p for p in placements if p.zero_dim is None]
     if odd and run.zero.stage and sizes["fsdp"] > 1:
-        count = sum(math.prod(place.shape) for place in odd)
+        count = sum(math.prod(p.shape) for p in odd)
         said.append(
             f"{len(odd)} parameters ({count:,} elements) stay whole: none of their dims divides by mesh.fsdp={sizes['fsdp']}"
         )
-    split = [
-        p
-        for p in jax.tree.leaves(
-            program.spec.placements, is_leaf=dataclasses.is_dataclass
-        )
-        if p.tensor_dim is None and math.prod(p.shape) > 1e6
-    ]
+    split = [p for p in placements if p.tensor_dim is None and math.prod(p.shape) > 1e6]
     if sizes["tensor"] > 1 and split:
         shapes = ", ".join(str(p.shape) for p in split)
         said.append(
             f"not split over mesh.tensor={sizes['tensor']} (no dim that may be divides): {shapes}"
+        )
+    if (
+        run.zero.stage == 3
+        and sizes["fsdp"] > 1
+        and not any(p.stacked for p in placements)
+    ):
+        said.append(
+            "zero.stage=3 gathers the whole model at once: it has no jaxspeed.nn.Layers, which are gathered one by one"
+        )
+    if run.dtype.compute != "float32" and not any(any(p.dims) for p in placements):
+        said.append(
+            f"dtype.compute={run.dtype.compute}: the parameters hold values of that precision, but products are float32 except by jaxspeed.ops, "
+            "which no parameter of this model is made for (jaxspeed.nn.param)"
         )
     return said
 

@@ -532,6 +532,22 @@ def test_users_own_module_trains_at_every_stage_as_by_hand(stage: int) -> None:
     assert sharded == ((8, 16) if stage == 0 else (8, 2))
 
 
+def test_what_a_users_module_does_without_is_said_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    config = {"train_batch_size": 8, "bf16": {"enabled": True}}
+    for stage in (0, 3):
+        ds = {**config, "zero_optimization": {"stage": stage}}
+        jaxspeed.initialize(model=MLP, config=ds, loss_fn=classify)
+    said = "\n".join(caplog.messages)
+    assert said.count("zero.stage=3 gathers the whole model at once") == 1
+    assert said.count("products are float32 except by jaxspeed.ops") == 2
+    caplog.clear()
+    engine_of(8, stage=3)
+    jaxspeed.initialize(model=toy.Config(), config=config)
+    assert not caplog.messages
+
+
 def test_users_class_and_images_train() -> None:
     class Conv(nnx.Module):
         def __init__(self, rngs: nnx.Rngs) -> None:
