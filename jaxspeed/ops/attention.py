@@ -43,8 +43,6 @@ def attention(
         settings.platform,
         settings.compute,
         q.shape,
-        k.shape,
-        segment_ids is not None,
     )
     if chosen != "cpu":  # which casts and names its own, in the layout that it reads
         q, k, v = (
@@ -64,8 +62,6 @@ def choose_attention(
     platform: str,
     compute: Any,
     q_shape: tuple[int, ...],
-    k_shape: tuple[int, ...],
-    segments: bool,
 ) -> tuple[str, str]:
     """Returns (kernel, why) for this device, dtype and shape; says so once in the log.
 
@@ -73,7 +69,7 @@ def choose_attention(
         ConfigError: the kernel asked for cannot run here.
     """
     refusals = {
-        name: refuse(platform, jnp.dtype(compute).name, q_shape, k_shape, segments)
+        name: refuse(platform, jnp.dtype(compute).name, q_shape)
         for name, refuse in _REFUSALS.items()
     }
     if asked != "auto":
@@ -114,14 +110,7 @@ def _over_tensor(
     return run
 
 
-def _refuse_splash(
-    platform: str,
-    dtype: str,
-    q_shape: tuple[int, ...],
-    k_shape: tuple[int, ...],
-    segments: bool,
-) -> str:
-    del segments, k_shape
+def _refuse_splash(platform: str, dtype: str, q_shape: tuple[int, ...]) -> str:
     if platform != "tpu":
         return "needs a TPU"
     if q_shape[1] % 128:
@@ -131,13 +120,7 @@ def _refuse_splash(
     return ""
 
 
-def _refuse_cudnn(
-    platform: str,
-    dtype: str,
-    q_shape: tuple[int, ...],
-    k_shape: tuple[int, ...],
-    segments: bool,
-) -> str:
+def _refuse_cudnn(platform: str, dtype: str, q_shape: tuple[int, ...]) -> str:
     if platform != "gpu":
         return "needs an NVIDIA GPU"
     if dtype == "float32":
@@ -147,23 +130,11 @@ def _refuse_cudnn(
     return ""
 
 
-def _refuse_cpu(
-    platform: str,
-    dtype: str,
-    q_shape: tuple[int, ...],
-    k_shape: tuple[int, ...],
-    segments: bool,
-) -> str:
+def _refuse_cpu(platform: str, dtype: str, q_shape: tuple[int, ...]) -> str:
     return "" if platform == "cpu" else "is for CPUs"
 
 
-def _refuse_xla(
-    platform: str,
-    dtype: str,
-    q_shape: tuple[int, ...],
-    k_shape: tuple[int, ...],
-    segments: bool,
-) -> str:
+def _refuse_xla(platform: str, dtype: str, q_shape: tuple[int, ...]) -> str:
     wide = platform != "cpu" or dtype != "float16"
     return "" if wide else "has no float16 products on a CPU"
 

@@ -30,7 +30,7 @@ SEGMENTS = {
 KERNELS = [
     name
     for name, refuse in _REFUSALS.items()
-    if not refuse("cpu", "float32", (B, T, N, H), (B, T, N, H), False)
+    if not refuse("cpu", "float32", (B, T, N, H))
 ]
 HEADS = {"multi-head": 4, "grouped": 2, "multi-query": 1}
 
@@ -67,12 +67,7 @@ def with_gradients(f: Any, segments: Any, args: Any, g: jax.Array) -> list[Any]:
 
 def test_kernels_of_this_machine_are_tested() -> None:
     assert "xla" in KERNELS
-    assert (
-        choose_attention("auto", "cpu", jnp.float32, (B, T, N, H), (B, T, N, H), False)[
-            0
-        ]
-        in KERNELS
-    )
+    assert choose_attention("auto", "cpu", jnp.float32, (B, T, N, H))[0] in KERNELS
 
 
 @pytest.mark.parametrize("segments", list(SEGMENTS))
@@ -186,9 +181,7 @@ CHOICES = [
 def test_kernel_is_chosen_by_device_dtype_and_shape(
     asked: str, platform: str, dtype: str, shape: Any, chosen: str, why: str
 ) -> None:
-    kernel, reason = choose_attention(
-        asked, platform, jnp.dtype(dtype), shape, shape, False
-    )
+    kernel, reason = choose_attention(asked, platform, jnp.dtype(dtype), shape)
     assert kernel == chosen
     assert why in reason
 
@@ -209,7 +202,7 @@ def test_kernel_that_cannot_run_is_refused(
     with pytest.raises(
         ConfigError, match=f"attention={asked!r} cannot run here: .*{why}.*; give auto"
     ):
-        choose_attention(asked, platform, jnp.dtype(dtype), shape, shape, False)
+        choose_attention(asked, platform, jnp.dtype(dtype), shape)
 
 
 def test_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
@@ -217,9 +210,7 @@ def test_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "jaxspeed"):
         for _ in range(3):
             jax.eval_shape(lambda *args: attention(*args), *arrays()[:3])
-    chosen, why = choose_attention(
-        "auto", "cpu", jnp.float32, (B, T, N, H), (B, T, N, H), False
-    )
+    chosen, why = choose_attention("auto", "cpu", jnp.float32, (B, T, N, H))
     assert [r.getMessage() for r in caplog.records] == [
         f"attention kernel: {chosen} ({why})"
     ]
