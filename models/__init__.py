@@ -1,2 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Model families, one file each. Not part of the installed library, which never imports them."""
+"""Model families, one file each. Not part of the installed library, which never imports them by itself."""
+
+FAMILIES = {
+    "gpt2": "models.gpt2",
+    "llama": "models.llama",
+    "mistral": "models.llama",
+    "qwen2": "models.llama",
+    "qwen3": "models.llama",
+}
+"""The module of each `model_type` of Hugging Face that is done here."""

@@ -5,7 +5,9 @@ Learned positions, pre-layer-norm blocks, biases everywhere, tanh GELU, tied emb
 query, key and value are three parameters, not one; dropout is one rate.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxspeed import ops
+from jaxspeed.hf import Exchange, Row, required, setting
 from jaxspeed.nn import Layers, param
 from jaxspeed.sharding import shard
 
@@ -215,3 +218,80 @@ class GPT2(nnx.Module):
         return ops.linear(
             self.hidden(inputs, positions, segment_ids), self.output_embedding().T
         )
+
+
+def _read_config(hf: Mapping[str, Any]) -> Config:
+    setting(hf, "activation_function", ("gelu_new", "gelu_pytorch_tanh"), "gelu_new")
+    setting(hf, "scale_attn_weights", (True,), True)
+    setting(hf, "scale_attn_by_inverse_layer_idx", (False,), False)
+    setting(hf, "reorder_and_upcast_attn", (False,), False)
+    setting(hf, "add_cross_attention", (False,), False)
+    setting(hf, "tie_word_embeddings", (True,), True)
+    return Config(
+        vocab_size=required(hf, "vocab_size"),
+        max_seq_len=required(hf, "n_positions"),
+        num_layers=required(hf, "n_layer"),
+        num_heads=required(hf, "n_head"),
+        d_model=required(hf, "n_embd"),
+        d_ff=hf.get("n_inner") or 0,
+        norm_eps=hf.get("layer_norm_epsilon", 1e-5),
+    )
+
+
+def _write_config(cfg: Config) -> dict[str, Any]:
+    return {
+        "model_type": "gpt2",
+        "activation_function": "gelu_new",
+        "vocab_size": cfg.vocab_size,
+        "n_positions": cfg.max_seq_len,
+        "n_layer": cfg.num_layers,
+        "n_head": cfg.num_heads,
+        "n_embd": cfg.d_model,
+        "n_inner": cfg.d_ff or None,
+        "layer_norm_epsilon": cfg.norm_eps,
+        "resid_pdrop": cfg.dropout,
+        "embd_pdrop": cfg.dropout,
+        "attn_pdrop": 0.0,
+        "tie_word_embeddings": True,
+    }
+
+
+def _rows(cfg: Config) -> list[Row]:
+    there, here = "transformer.h.{layer}.", "layers.block."
+    qkv = ("q", "k", "v")
+    return [
+        Row("transformer.wte.weight", "embed"),
+        Row("transformer.wpe.weight", "positions"),
+        Row(there + "ln_1.weight", here + "attn_norm.scale"),
+        Row(there + "ln_1.bias", here + "attn_norm.bias"),
+        Row(
+            there + "attn.c_attn.weight",
+            tuple(f"{here}attn.w{x}" for x in qkv),
+            "D (P N H) -> P D N H",
+        ),
+        Row(
+            there + "attn.c_attn.bias",
+            tuple(f"{here}attn.b{x}" for x in qkv),
+            "(P N H) -> P N H",
+        ),
+        Row(there + "attn.c_proj.weight", here + "attn.wo", "(N H) D -> N H D"),
+        Row(there + "attn.c_proj.bias", here + "attn.bo"),
+        Row(there + "ln_2.weight", here + "mlp_norm.scale"),
+        Row(there + "ln_2.bias", here + "mlp_norm.bias"),
+        Row(there + "mlp.c_fc.weight", here + "mlp.w_up"),
+        Row(there + "mlp.c_fc.bias", here + "mlp.b_up"),
+        Row(there + "mlp.c_proj.weight", here + "mlp.w_down"),
+        Row(there + "mlp.c_proj.bias", here + "mlp.b_down"),
+        Row("transformer.ln_f.weight", "final_norm.scale"),
+        Row("transformer.ln_f.bias", "final_norm.bias"),
+    ]
+
+
+EXCHANGE = Exchange(
+    architectures={"gpt2": "GPT2LMHeadModel"},
+    read_config=_read_config,
+    write_config=_write_config,
+    rows=_rows,
+    prefix="transformer.",
+    ignored=r".*\.attn\.(bias|masked_bias)|(transformer\.)?lm_head\.weight",
+)

@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Llama 2 and 3 (arXiv 2307.09288, 2407.21783), as Hugging Face's LlamaForCausalLM.
+"""Llama 2 and 3 (arXiv 2307.09288, 2407.21783) and their kin, as Hugging Face's LlamaForCausalLM.
 
 RMS norm before attention and MLP, rotary positions, grouped-query attention, SwiGLU, no biases,
-embeddings tied or not.
+embeddings tied or not. By configuration also Mistral without a sliding window (2310.06825), Qwen2
+(2407.10671: biases on queries, keys and values), Qwen3 (2505.09388: a norm on each head's queries
+and keys) and SmolLM.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +17,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxspeed import ops
+from jaxspeed.config import ConfigError
+from jaxspeed.hf import Exchange, Row, required, setting
 from jaxspeed.nn import Layers, param
 from jaxspeed.sharding import shard
 
@@ -41,6 +47,10 @@ class Config:
     """Base of the rotary wavelengths."""
     norm_eps: float = 1e-5
     """Added to the mean square in norms."""
+    qkv_bias: bool = False
+    """Biases on queries, keys and values."""
+    qk_norm: bool = False
+    """RMS norm on each head's queries and keys, before the rotation."""
     tie_embeddings: bool = False
     """One matrix for input and output embedding."""
     dropout: float = 0.0
@@ -74,6 +84,7 @@ class Config:
             self.d_ff,
         )
         block = 2 * D * N * H + 2 * D * K * H + 3 * D * F + 2 * D
+        block += (N + 2 * K) * H * self.qkv_bias + 2 * H * self.qk_norm
         return (
             (1 if self.tie_embeddings else 2) * self.vocab_size * D
             + self.num_layers * block
@@ -107,16 +118,19 @@ LLAMA3_8B = Config(
 
 NORMAL = jax.nn.initializers.normal(0.02)
 ONES = jax.nn.initializers.ones
+ZEROS = jax.nn.initializers.zeros
 
 
 class RMSNorm(nnx.Module):
-    """RMS norm with scale."""
+    """RMS norm with scale over the last dim."""
 
-    def __init__(self, cfg: Config, rngs: nnx.Rngs) -> None:
-        self.eps = cfg.norm_eps
-        self.scale = param(ONES, rngs, (cfg.d_model,), ("embed",))
+    def __init__(
+        self, size: int, rngs: nnx.Rngs, *, eps: float, dim: str = "embed"
+    ) -> None:
+        self.eps = eps
+        self.scale = param(ONES, rngs, (size,), (dim,))
 
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         """Returns x normalised."""
         return ops.rms_norm(x, self.scale[...], eps=self.eps)
 
@@ -131,6 +145,15 @@ class Attention(nnx.Module):
         self.wk = param(NORMAL, rngs, (D, K, H), ("embed", "kv_heads", "head_dim"))
         self.wv = param(NORMAL, rngs, (D, K, H), ("embed", "kv_heads", "head_dim"))
         self.wo = param(NORMAL, rngs, (N, H, D), ("heads", "head_dim", "embed"))
+        self.biased, self.normed = cfg.qkv_bias, cfg.qk_norm
+        if cfg.qkv_bias:
+            self.bq = param(ZEROS, rngs, (N, H), ("heads", "head_dim"))
+            self.bk = param(ZEROS, rngs, (K, H), ("kv_heads", "head_dim"))
+            self.bv = param(ZEROS, rngs, (K, H), ("kv_heads", "head_dim"))
+        if cfg.qk_norm:
+            self.q_norm, self.k_norm = (
+                RMSNorm(H, rngs, eps=cfg.norm_eps, dim="head_dim") for _ in range(2)
+            )
 
     def __call__(
         self,
@@ -139,9 +162,20 @@ class Attention(nnx.Module):
         segment_ids: Int[Array, "B T"] | None,
     ) -> Float[Array, "B T D"]:
         """Returns what each position gathers from the earlier ones of its document."""
-        q = shard(ops.linear(x, self.wq[...]), "batch", "seq", "heads", "head_dim")
-        k = shard(ops.linear(x, self.wk[...]), "batch", "seq", "kv_heads", "head_dim")
-        v = shard(ops.linear(x, self.wv[...]), "batch", "seq", "kv_heads", "head_dim")
+        bq, bk, bv = (
+            (self.bq[...], self.bk[...], self.bv[...])
+            if self.biased
+            else (None, None, None)
+        )
+        q = shard(ops.linear(x, self.wq[...], bq), "batch", "seq", "heads", "head_dim")
+        k = shard(
+            ops.linear(x, self.wk[...], bk), "batch", "seq", "kv_heads", "head_dim"
+        )
+        v = shard(
+            ops.linear(x, self.wv[...], bv), "batch", "seq", "kv_heads", "head_dim"
+        )
+        if self.normed:
+            q, k = self.q_norm(q), self.k_norm(k)
         q, k = (
             ops.rotate(q, positions, theta=self.theta),
             ops.rotate(k, positions, theta=self.theta),
@@ -174,9 +208,9 @@ class Block(nnx.Module):
 
     def __init__(self, cfg: Config, rngs: nnx.Rngs) -> None:
         self.dropout = cfg.dropout
-        self.attn_norm = RMSNorm(cfg, rngs)
+        self.attn_norm = RMSNorm(cfg.d_model, rngs, eps=cfg.norm_eps)
         self.attn = Attention(cfg, rngs)
-        self.mlp_norm = RMSNorm(cfg, rngs)
+        self.mlp_norm = RMSNorm(cfg.d_model, rngs, eps=cfg.norm_eps)
         self.mlp = MLP(cfg, rngs)
 
     def __call__(
@@ -202,7 +236,7 @@ class Llama(nnx.Module):
             NORMAL, rngs, (cfg.vocab_size, cfg.d_model), ("vocab", "embed")
         )
         self.layers = Layers(lambda rngs: Block(cfg, rngs), cfg.num_layers, rngs)
-        self.final_norm = RMSNorm(cfg, rngs)
+        self.final_norm = RMSNorm(cfg.d_model, rngs, eps=cfg.norm_eps)
         if not cfg.tie_embeddings:
             self.lm_head = param(
                 NORMAL, rngs, (cfg.vocab_size, cfg.d_model), ("vocab", "embed")
@@ -235,3 +269,104 @@ class Llama(nnx.Module):
         return ops.linear(
             self.hidden(inputs, positions, segment_ids), self.output_embedding().T
         )
+
+
+def _read_config(hf: Mapping[str, Any]) -> Config:
+    setting(hf, "hidden_act", ("silu",), "silu")
+    setting(hf, "mlp_bias", (False,), False)
+    kind = hf["model_type"]
+    if kind != "qwen2":
+        setting(hf, "attention_bias", (False,), False)
+    length = hf.get("max_position_embeddings", 4096)
+    window = hf.get("sliding_window") if hf.get("use_sliding_window", True) else None
+    if window is not None and window < length:
+        raise ConfigError(
+            f"config.json: sliding_window={window} is not done here below max_position_embeddings={length}; "
+            f"for sequences of at most {window} tokens write {window} for both"
+        )
+    # Since transformers 5 the rotary settings are one object.
+    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    setting(rope, "rope_type", ("default",), rope.get("type", "default"))
+    heads, width = required(hf, "num_attention_heads"), required(hf, "hidden_size")
+    return Config(
+        vocab_size=required(hf, "vocab_size"),
+        max_seq_len=length,
+        num_layers=required(hf, "num_hidden_layers"),
+        num_heads=heads,
+        num_kv_heads=hf.get("num_key_value_heads") or heads,
+        d_model=width,
+        head_dim=hf.get("head_dim") or width // heads,
+        d_ff=required(hf, "intermediate_size"),
+        rope_theta=float(rope.get("rope_theta") or hf.get("rope_theta") or 10_000.0),
+        norm_eps=hf.get("rms_norm_eps", 1e-6),
+        qkv_bias=kind == "qwen2",
+        qk_norm=kind == "qwen3",
+        tie_embeddings=hf.get("tie_word_embeddings", False),
+    )
+
+
+def _write_config(cfg: Config) -> dict[str, Any]:
+    if cfg.qkv_bias and cfg.qk_norm:
+        raise ConfigError(
+            "model.qkv_bias and model.qk_norm: no Hugging Face model has both, so this one cannot be exported"
+        )
+    return {
+        "model_type": "qwen2" if cfg.qkv_bias else "qwen3" if cfg.qk_norm else "llama",
+        "hidden_act": "silu",
+        "vocab_size": cfg.vocab_size,
+        "max_position_embeddings": cfg.max_seq_len,
+        "num_hidden_layers": cfg.num_layers,
+        "num_attention_heads": cfg.num_heads,
+        "num_key_value_heads": cfg.num_kv_heads,
+        "hidden_size": cfg.d_model,
+        "head_dim": cfg.head_dim,
+        "intermediate_size": cfg.d_ff,
+        "rope_theta": cfg.rope_theta,
+        "rms_norm_eps": cfg.norm_eps,
+        "tie_word_embeddings": cfg.tie_embeddings,
+    }
+
+
+def _rows(cfg: Config) -> list[Row]:
+    there, here = "model.layers.{layer}.", "layers.block."
+    rows = [
+        Row("model.embed_tokens.weight", "embed"),
+        Row(there + "input_layernorm.weight", here + "attn_norm.scale"),
+        Row(there + "self_attn.q_proj.weight", here + "attn.wq", "(N H) D -> D N H"),
+        Row(there + "self_attn.k_proj.weight", here + "attn.wk", "(N H) D -> D N H"),
+        Row(there + "self_attn.v_proj.weight", here + "attn.wv", "(N H) D -> D N H"),
+        Row(there + "self_attn.o_proj.weight", here + "attn.wo", "D (N H) -> N H D"),
+        Row(there + "post_attention_layernorm.weight", here + "mlp_norm.scale"),
+        Row(there + "mlp.gate_proj.weight", here + "mlp.w_gate", "F D -> D F"),
+        Row(there + "mlp.up_proj.weight", here + "mlp.w_up", "F D -> D F"),
+        Row(there + "mlp.down_proj.weight", here + "mlp.w_down", "D F -> F D"),
+        Row("model.norm.weight", "final_norm.scale"),
+    ]
+    if cfg.qkv_bias:
+        rows += [
+            Row(f"{there}self_attn.{x}_proj.bias", f"{here}attn.b{x}", "(N H) -> N H")
+            for x in "qkv"
+        ]
+    if cfg.qk_norm:
+        rows += [
+            Row(f"{there}self_attn.{x}_norm.weight", f"{here}attn.{x}_norm.scale")
+            for x in "qk"
+        ]
+    if not cfg.tie_embeddings:
+        rows.append(Row("lm_head.weight", "lm_head"))
+    return rows
+
+
+EXCHANGE = Exchange(
+    architectures={
+        "llama": "LlamaForCausalLM",
+        "mistral": "MistralForCausalLM",
+        "qwen2": "Qwen2ForCausalLM",
+        "qwen3": "Qwen3ForCausalLM",
+    },
+    read_config=_read_config,
+    write_config=_write_config,
+    rows=_rows,
+    prefix="model.",
+    ignored=r".*\.rotary_emb\.inv_freq",
+)

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 
 LAYERS = {
     0: "types config",
-    1: "ambient launch ledger mesh nn ops remat sharding topology",
+    1: "ambient launch ledger mesh nn ops remat sharding tensorfiles topology",
     2: "checkpoint data deepspeed_json deepspeed_keys deepspeed_rules hf loss_scale "
     "losses metrics offload optim precision progress report schedules",
     3: "generate lora pipeline program state step",
@@ -35,6 +35,8 @@ MODELS_MAY_IMPORT = {
     "jax",
     "jaxtyping",
     "flax",
+    "jaxspeed.config",
+    "jaxspeed.hf",
     "jaxspeed.nn",
     "jaxspeed.ops",
     "jaxspeed.sharding",

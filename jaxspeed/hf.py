@@ -1,0 +1,404 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models of Hugging Face: their folders into our shards and back, by one table a family.
+
+A family states how its parameters are called and laid out over there (`Row`), and how its
+configuration translates (`Exchange`). Nothing here knows a family. Reading is lazy: each device's
+shard of each parameter is sliced out of the file, so no whole parameter is in memory; and strict:
+what is unknown, missing or of another shape is an error that names it.
+"""
+
+import functools
+import importlib
+import json
+import math
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxspeed.config import ConfigError, suggest
+from jaxspeed.tensorfiles import TensorInfo, read_folder, write_folder
+from jaxspeed.types import Params
+
+
+class Row(NamedTuple):
+    """How one of their tensors is made of our parameters."""
+
+    theirs: str
+    """Its name, with {layer} where the layer's number stands."""
+    ours: str | tuple[str, ...]
+    """The parameter's path, dotted; several are parts of one tensor, first index `P` in `form`."""
+    form: str = ""
+    """`THEIRS -> OURS`, a letter a dim, in parentheses what is one dim there: "(N H) D -> D N H". Empty: the same."""
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The parameters' paths."""
+        return (self.ours,) if isinstance(self.ours, str) else self.ours
+
+
+class Exchange(NamedTuple):
+    """What a family is to Hugging Face."""
+
+    architectures: Mapping[str, str]
+    """Names in `architectures` of config.json, by `model_type`."""
+    read_config: Callable[[Mapping[str, Any]], Any]
+    """From config.json to the family's Config; raises ConfigError for what the family does not do."""
+    write_config: Callable[[Any], dict[str, Any]]
+    """From the family's Config to config.json, `model_type` included."""
+    rows: Callable[[Any], Sequence[Row]]
+    """From the Config to the table."""
+    prefix: str = ""
+    """What the names of a headless model lack, as in "transformer."."""
+    ignored: str = r"(?!)"
+    """Regular expression of names that hold no parameter (masks, rotary tables) or repeat one (a tied head)."""
+
+
+def find_exchange(model_type: str, package: str = "models") -> Exchange:
+    """Returns the table of the family that `model_type` names, from an importable package's `FAMILIES`.
+
+    Raises:
+        ConfigError: there is no such package or family.
+    """
+    try:
+        families = importlib.import_module(package).FAMILIES
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            f"the package {package!r} of model families cannot be used ({error}); run from the repository's root, or give --models NAME"
+        ) from None
+    if model_type not in families:
+        raise ConfigError(
+            f"model_type={model_type!r}: no such family.{suggest(model_type, families)} There are {', '.join(sorted(families))}"
+        )
+    return exchange_of_module(families[model_type])
+
+
+def exchange_of(model_config: Any) -> Exchange:
+    """Returns the table of the family that a Config belongs to.
+
+    Raises:
+        ConfigError: its module has none.
+    """
+    return exchange_of_module(type(model_config).__module__)
+
+
+def exchange_of_module(name: str) -> Exchange:
+    """Returns `EXCHANGE` of a family's module."""
+    module = sys.modules.get(name) or importlib.import_module(name)
+    if not hasattr(module, "EXCHANGE"):
+        raise ConfigError(
+            f"{name} has no EXCHANGE table, so its models cannot be exchanged with Hugging Face; write one, as in models/gpt2.py"
+        )
+    return module.EXCHANGE
+
+
+def read_config(folder: str | Path, package: str = "models") -> Any:
+    """Returns the family's Config that a folder's config.json describes.
+
+    Raises:
+        ConfigError: there is none, or nothing here is of that kind.
+    """
+    settings = read_settings(folder)
+    if "model_type" not in settings:
+        raise ConfigError(
+            f"{Path(folder) / 'config.json'}: no model_type; it is not a Hugging Face model's"
+        )
+    return find_exchange(settings["model_type"], package).read_config(settings)
+
+
+def is_hugging_face(folder: str | Path) -> bool:
+    """Whether a folder's config.json is one of Hugging Face."""
+    try:
+        return "model_type" in read_settings(folder)
+    except ConfigError:
+        return False
+
+
+def read_settings(folder: str | Path) -> dict[str, Any]:
+    """Returns a folder's config.json.
+
+    Raises:
+        ConfigError: there is none, or it is not JSON.
+    """
+    path = Path(folder).expanduser() / "config.json"
+    try:
+        settings = json.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: {error.strerror}; give a folder that holds a model"
+        ) from None
+    except ValueError as error:
+        raise ConfigError(f"{path}: not JSON ({error})") from None
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{path}: not a JSON object")
+    return settings
+
+
+def import_params(
+    folder: str | Path, model_config: Any, abstract_params: Params
+) -> Params:
+    """Returns the parameters of a Hugging Face folder, in the dtypes and shards asked for.
+
+    Args:
+        folder: config.json and safetensors files.
+        model_config: of the model that takes them; it must describe the folder's model.
+        abstract_params: a ShapeDtypeStruct with its NamedSharding for every leaf.
+
+    Raises:
+        ConfigError: the folder's model is another one, or its tensors are not just those wanted.
+    """
+    folder = Path(folder).expanduser()
+    exchange = exchange_of(model_config)
+    there = exchange.read_config(read_settings(folder))
+    _refuse_another_model(folder, there, model_config)
+    tensors = _named(read_folder(folder), exchange)
+    return take_params(tensors, model_config, abstract_params, source=str(folder))
+
+
+def take_params(
+    tensors: Mapping[str, TensorInfo],
+    model_config: Any,
+    abstract_params: Params,
+    *,
+    source: str,
+) -> Params:
+    """Returns the parameters made of these tensors, named as Hugging Face does; see `import_params`."""
+    leaves, tree = jax.tree_util.tree_flatten_with_path(abstract_params)
+    shapes = {_dotted(path): leaf for path, leaf in leaves}
+    parts = _parts(exchange_of(model_config).rows(model_config), shapes)
+    wanted = {name for part in parts.values() for name in part.names}
+    missing = sorted(wanted - set(tensors))
+    if missing:
+        raise ConfigError(f"{source}: lacks {_some(missing)}, which the model needs")
+    unknown = sorted(set(tensors) - wanted)
+    if unknown:
+        raise ConfigError(
+            f"{source}: holds {_some(unknown)}, which the model has no place for"
+        )
+    for part in parts.values():
+        for name in part.names:
+            if tensors[name].shape != part.shape_there:
+                raise ConfigError(
+                    f"{source}: {name} is of shape {tensors[name].shape}, the model's is {part.shape_there}"
+                )
+
+    def take(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        part = parts[_dotted(path)]
+        read: Any = functools.partial(_read_shard, part, tensors, leaf)
+        return jax.make_array_from_callback(leaf.shape, leaf.sharding, read)
+
+    return jax.tree_util.tree_unflatten(tree, [take(*each) for each in leaves])
+
+
+def export_params(
+    params: Params,
+    model_config: Any,
+    folder: str | Path,
+    *,
+    dtype: Any = np.float32,
+    shard_bytes: int = 5 * 10**9,
+) -> list[Path]:
+    """Writes parameters as a Hugging Face folder (config.json and safetensors files); returns its files.
+
+    One tensor at a time leaves the devices. The tokenizer's files are the caller's.
+
+    Args:
+        params: arrays or numpy arrays, whole or sharded over this process's devices.
+        model_config: the family's Config.
+        folder: made if it is not there; must hold no model.
+        dtype: of the tensors written.
+        shard_bytes: most bytes of tensors in one file.
+
+    Raises:
+        ConfigError: the folder holds a model, or cannot be written.
+    """
+    folder, exchange = Path(folder).expanduser(), exchange_of(model_config)
+    settings = exchange.write_config(model_config)
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    arrays = {_dotted(path): leaf for path, leaf in leaves}
+    parts = _parts(exchange.rows(model_config), arrays)
+    tensors = _theirs(parts, arrays, np.dtype(dtype))
+    files = write_folder(folder, tensors, shard_bytes=shard_bytes)
+    settings |= {
+        "architectures": [exchange.architectures[settings["model_type"]]],
+        "torch_dtype": np.dtype(dtype).name,
+    }
+    (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    return [*files, folder / "config.json"]
+
+
+class _Part(NamedTuple):
+    """One of our parameters, as a part of each of its tensors over there."""
+
+    path: str
+    names: tuple[str, ...]
+    """Of the tensors over there: one a layer for a stacked parameter."""
+    stacked: bool
+    slot: int | None
+    """Which part of the tensor; None: the whole."""
+    groups: tuple[tuple[int, ...], ...]
+    """Sizes that each dim over there is a product of."""
+    order: tuple[int, ...]
+    """Their dims, taken apart, in our order (part index first, if there is one)."""
+
+    @property
+    def shape_there(self) -> tuple[int, ...]:
+        return tuple(map(math.prod, self.groups))
+
+    def ours(self, theirs: np.ndarray) -> np.ndarray:
+        """Returns our layout of a tensor over there: a view of it."""
+        apart = theirs.reshape([n for group in self.groups for n in group])
+        turned = apart.transpose(self.order)
+        return turned if self.slot is None else turned[self.slot]
+
+    def theirs(self, ours: Sequence[np.ndarray]) -> np.ndarray:
+        """Returns the tensor over there of our parameter, or of all its parts in order."""
+        whole = ours[0] if self.slot is None else np.stack(ours)
+        back = np.argsort(self.order)
+        return whole.transpose(back).reshape(self.shape_there)
+
+
+def _parts(rows: Sequence[Row], shapes: Mapping[str, Any]) -> dict[str, _Part]:
+    """Returns a `_Part` per parameter; the table must name each just once."""
+    parts: dict[str, _Part] = {}
+    for row in rows:
+        for number, path in enumerate(row.paths):
+            assert path in shapes, f"the table names {path}, which the model lacks"
+            assert path not in parts, f"the table names {path} twice"
+            parts[path] = _part(row, number, path, shapes[path].shape)
+    assert set(parts) == set(shapes), sorted(set(shapes) - set(parts))
+    return parts
+
+
+def _part(row: Row, number: int, path: str, shape: tuple[int, ...]) -> _Part:
+    stacked = "{layer}" in row.theirs
+    one = shape[1:] if stacked else shape
+    several = len(row.paths) > 1
+    letters = [chr(ord("a") + i) for i in range(len(one))]
+    theirs, _, ours = (
+        row.form or f"{' '.join(letters)} -> {' '.join(letters)}"
+    ).partition(" -> ")
+    groups = [g.strip("()").split() for g in re.findall(r"\([^)]*\)|\S+", theirs)]
+    names = ours.split()
+    sizes = dict(zip(names, (len(row.paths), *one) if several else one, strict=True))
+    apart = [name for group in groups for name in group]
+    assert sorted(apart) == sorted(names), row
+    return _Part(
+        path,
+        tuple(row.theirs.format(layer=i) for i in range(shape[0]))
+        if stacked
+        else (row.theirs,),
+        stacked,
+        number if several else None,
+        tuple(tuple(sizes[name] for name in group) for group in groups),
+        tuple(apart.index(name) for name in names),
+    )
+
+
+def _read_shard(
+    part: _Part,
+    tensors: Mapping[str, TensorInfo],
+    leaf: jax.ShapeDtypeStruct,
+    index: tuple[slice, ...],
+) -> np.ndarray:
+    if not part.stacked:
+        whole = part.ours(tensors[part.names[0]].view())
+        return np.ascontiguousarray(whole[index], leaf.dtype)
+    layers, rest = range(*index[0].indices(leaf.shape[0])), index[1:]
+    one = part.ours(tensors[part.names[0]].view())[rest].shape
+    shard = np.empty((len(layers), *one), leaf.dtype)
+    for slot, layer in enumerate(layers):
+        shard[slot] = part.ours(tensors[part.names[layer]].view())[rest]
+    return shard
+
+
+def _theirs(
+    parts: Mapping[str, _Part], arrays: Mapping[str, Any], dtype: np.dtype
+) -> Iterator[tuple[str, TensorInfo]]:
+    """Yields the tensors over there, in the order of the table, layer by layer."""
+    of: dict[str, list[tuple[_Part, int]]] = {}
+    for part in parts.values():
+        for layer, name in enumerate(part.names):
+            of.setdefault(name, []).append((part, layer))
+
+    def make(members: list[tuple[_Part, int]]) -> Callable[[], np.ndarray]:
+        def view() -> np.ndarray:
+            ours = [
+                np.asarray(arrays[p.path][layer] if p.stacked else arrays[p.path])
+                for p, layer in members
+            ]
+            return members[0][0].theirs(ours).astype(dtype)
+
+        return view
+
+    for name, members in of.items():
+        yield name, TensorInfo(members[0][0].shape_there, dtype, make(members))
+
+
+def _named(
+    tensors: Mapping[str, TensorInfo], exchange: Exchange
+) -> dict[str, TensorInfo]:
+    """Returns the tensors under the names of the whole model, without what holds no parameter."""
+    headless = exchange.prefix and not any(
+        name.startswith(exchange.prefix) for name in tensors
+    )
+    named = {
+        (exchange.prefix if headless else "") + name: info
+        for name, info in tensors.items()
+    }
+    return {
+        n: info for n, info in named.items() if not re.fullmatch(exchange.ignored, n)
+    }
+
+
+def _refuse_another_model(folder: Path, there: Any, here: Any) -> None:
+    if type(there) is not type(here):
+        raise ConfigError(
+            f"{folder}: a model of {type(there).__module__}, the run's is of {type(here).__module__}"
+        )
+    # A run may train with dropout, and on shorter sequences than the model could take.
+    for name in there.__dataclass_fields__:
+        theirs, ours = getattr(there, name), getattr(here, name)
+        if theirs != ours and name != "dropout":
+            raise ConfigError(
+                f"{folder}: its model has {name}={theirs}, the run's model.{name} is {ours}; give --model.{name} {theirs}"
+            )
+
+
+def _dotted(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
+def setting(
+    settings: Mapping[str, Any], name: str, allowed: Sequence[Any], default: Any = None
+) -> None:
+    """Raises unless a setting of config.json is one that the family does; a missing one is `default`.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    value = settings.get(name, default)
+    if value not in allowed:
+        raise ConfigError(
+            f"config.json: {name}={value!r} is not done here; this family does {', '.join(map(repr, allowed))}"
+        )
+
+
+def required(settings: Mapping[str, Any], name: str) -> Any:
+    """Returns a setting that config.json must have.
+
+    Raises:
+        ConfigError: it lacks it.
+    """
+    if settings.get(name) is None:
+        raise ConfigError(f"config.json: has no {name}, which this family needs")
+    return settings[name]

@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every family is the model of the same name in transformers: logits, loss, gradients, and folders both ways."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxspeed.ambient import Ambient, ambient
+from jaxspeed.config import MeshConfig, RunConfig, ZeroConfig
+from jaxspeed.hf import exchange_of, export_params, import_params, read_config
+from jaxspeed.losses import next_token_loss
+from jaxspeed.nn import merge
+from jaxspeed.program import Program, build_program
+
+
+pytestmark = pytest.mark.hf
+
+B, T = 2, 12
+
+
+class Peer(NamedTuple):
+    """A small random model of transformers, by its configuration."""
+
+    model_type: str
+    settings: dict[str, Any]
+
+
+SIZES = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 56,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+GPT2 = {"vocab_size": 96, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64}
+PEERS = {
+    "gpt2": Peer("gpt2", GPT2),
+    "gpt2, narrow": Peer("gpt2", GPT2 | {"n_inner": 40, "layer_norm_epsilon": 1e-3}),
+    "llama": Peer("llama", SIZES),
+    "llama, tied": Peer("llama", SIZES | {"tie_word_embeddings": True}),
+    "llama 3": Peer(
+        "llama",
+        SIZES | {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+    ),
+    "mistral": Peer("mistral", SIZES | {"sliding_window": None, "head_dim": 16}),
+    "qwen2": Peer("qwen2", SIZES),
+    "qwen3": Peer("qwen3", SIZES | {"head_dim": 16}),
+}
+
+
+class Case(NamedTuple):
+    """The peer's model in a folder, and the program that takes it."""
+
+    model: Any
+    folder: Path
+    program: Program
+    params: Any
+
+
+def make_peer(peer: Peer) -> Any:
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    quiet = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    settings = peer.settings | (quiet if peer.model_type == "gpt2" else {})
+    config = transformers.AutoConfig.for_model(peer.model_type, **settings)
+    model = transformers.AutoModelForCausalLM.from_config(
+        config, attn_implementation="eager"
+    )
+    with (
+        torch.no_grad()
+    ):  # biases and norms start at 0 and 1, where mistakes do not show
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def program_for(folder: Path, devices: int = 1, **changes: Any) -> Program:
+    run = RunConfig(
+        model=read_config(folder), steps=1, seq_len=T, global_batch_size=8, **changes
+    )
+    return build_program(run, devices=jax.devices()[:devices])
+
+
+@pytest.fixture(scope="module", params=PEERS)
+def case(request: pytest.FixtureRequest, tmp_path_factory: Any) -> Case:
+    model = make_peer(PEERS[request.param])
+    folder = tmp_path_factory.mktemp("hf")
+    model.save_pretrained(folder)
+    program = program_for(folder)
+    abstract = program.abstract_state["params"]
+    params = import_params(folder, program.run.model, abstract)
+    return Case(model, folder, program, params)
+
+
+def ids() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 96, (B, T), np.int32)
+
+
+def loss_of(case: Case, params: Any) -> jax.Array:
+    with ambient(Ambient()):
+        model = merge(case.program.spec.graphdef, params)
+        sums = next_token_loss(model, {"inputs": jnp.asarray(ids())})
+    return sums.total / sums.count
+
+
+def test_config_is_read_and_written(case: Case) -> None:
+    cfg = case.program.run.model
+    assert cfg.num_params() == sum(p.numel() for p in case.model.parameters())
+    exchange = exchange_of(cfg)
+    assert exchange.read_config(exchange.write_config(cfg)) == cfg
+
+
+def test_logits_are_the_peers(case: Case) -> None:
+    import torch
+
+    with ambient(Ambient()):
+        model = merge(case.program.spec.graphdef, case.params)
+        ours = model(jnp.asarray(ids()))
+    with torch.no_grad():
+        theirs = case.model(torch.from_numpy(ids()).long()).logits.numpy()
+    np.testing.assert_allclose(ours, theirs, atol=1e-4 * np.abs(theirs).max(), rtol=0)
+
+
+def test_loss_and_every_gradient_are_the_peers(case: Case) -> None:
+    import torch
+
+    tokens = torch.from_numpy(ids()).long()
+    case.model.zero_grad()
+    theirs = case.model(tokens, labels=tokens).loss
+    theirs.backward()
+    loss, slopes = jax.value_and_grad(lambda p: loss_of(case, p))(case.params)
+    assert float(loss) == pytest.approx(theirs.item(), rel=1e-5)
+    # The peer's gradients in our layout: a folder with them in the place of its parameters.
+    for parameter in case.model.parameters():
+        parameter.data, parameter.grad = parameter.grad, parameter.data
+    folder = case.folder / "gradients"
+    case.model.save_pretrained(folder)
+    for parameter in case.model.parameters():
+        parameter.data, parameter.grad = parameter.grad, parameter.data
+    abstract = case.program.abstract_state["params"]
+    expected = import_params(folder, case.program.run.model, abstract)
+    # Some are 0 but for rounding: a bias on all keys changes no attention.
+    floor = 1e-6 * max(float(jnp.abs(x).max()) for x in jax.tree.leaves(expected))
+    paths = jax.tree_util.tree_leaves_with_path(expected)
+    for (path, want), got in zip(paths, jax.tree.leaves(slopes), strict=True):
+        scale = 1e-3 * float(jnp.abs(want).max()) + floor
+        name = jax.tree_util.keystr(path)
+        np.testing.assert_allclose(got, want, atol=scale, rtol=0, err_msg=name)
+
+
+@pytest.mark.parametrize("shard_bytes", [10**9, 20_000])
+def test_import_export_import_is_the_same_to_the_bit(
+    case: Case, tmp_path: Path, shard_bytes: int
+) -> None:
+    import safetensors.torch
+    import torch
+    import transformers
+
+    cfg = case.program.run.model
+    files = export_params(case.params, cfg, tmp_path, shard_bytes=shard_bytes)
+    assert (len(files) > 2) == (shard_bytes < 10**9)
+    again = import_params(tmp_path, cfg, case.program.abstract_state["params"])
+    jax.tree.map(np.testing.assert_array_equal, again, case.params)
+    # The library of the format reads it, and transformers makes the same model of it.
+    for file in files:
+        if file.suffix == ".safetensors":
+            assert safetensors.torch.load_file(file)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, attn_implementation="eager"
+    )
+    assert json.loads((tmp_path / "config.json").read_text())["architectures"] == [
+        type(model).__name__
+    ]
+    tokens = torch.from_numpy(ids()).long()
+    with torch.no_grad():
+        assert torch.equal(model(tokens).logits, case.model(tokens).logits)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_shards_of_any_mesh_take_it(case: Case, stage: int) -> None:
+    mesh = MeshConfig(data=2, fsdp=2, tensor=2)
+    zero = ZeroConfig(stage=stage, param_persistence_threshold=0)
+    program = program_for(case.folder, 8, mesh=mesh, zero=zero)
+    abstract = program.abstract_state["params"]
+    params = import_params(case.folder, program.run.model, abstract)
+    jax.tree.map(np.testing.assert_array_equal, params, case.params)
+    same = jax.tree.map(lambda p, a: p.sharding == a.sharding, params, abstract)
+    assert all(jax.tree.leaves(same))
+
+
+def test_dtype_is_chosen_on_reading_and_writing(case: Case, tmp_path: Path) -> None:
+    cfg, abstract = case.program.run.model, case.program.abstract_state["params"]
+    half = jax.tree.map(lambda a: a.update(dtype=jnp.bfloat16), abstract)
+    params = import_params(case.folder, cfg, half)
+    jax.tree.map(
+        lambda p, q: np.testing.assert_array_equal(p, q.astype(jnp.bfloat16)),
+        params,
+        case.params,
+    )
+    export_params(case.params, cfg, tmp_path, dtype=jnp.bfloat16)
+    again = import_params(tmp_path, cfg, abstract)
+    jax.tree.map(
+        lambda p, q: np.testing.assert_array_equal(p, q.astype(jnp.float32)),
+        again,
+        params,
+    )
