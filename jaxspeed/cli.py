@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: `train.py RECIPE ...` and `jaxspeed config|doctor|report`.
+"""The command line: `train.py RECIPE ...` and `jaxspeed config|doctor|export|report|score`.
 
 A recipe gives the configuration, a DeepSpeed JSON changes it, flags override both. Every error of
 the user's is one line on stderr and exit code 2; what trained so far is never lost. Layer 4.
@@ -12,6 +12,7 @@ import importlib.util
 import io
 import json
 import logging
+import math
 import os
 import re
 import signal
@@ -22,8 +23,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from jaxspeed.config import ConfigError, RunConfig, suggest
+from jaxspeed.config import ConfigError, RunConfig, config_error, suggest
 
+
+_DTYPES = ("float32", "bfloat16", "float16")
 
 EXAMPLES = """\
 examples:
@@ -88,14 +91,48 @@ def main(argv: Sequence[str] | None = None) -> int:
     doctor.add_argument("--json", action="store_true")
     report = commands.add_parser("report", help="write report.html of a run again")
     report.add_argument("run", help="for example: jaxspeed report runs/tiny")
+    _add_model_commands(commands)
     args = parser.parse_args(argv)
     actions: dict[str, Callable[[argparse.Namespace], int]] = {
         "config": _explain,
         "doctor": _doctor,
         "report": _report,
+        "export": _export,
+        "score": _score,
     }
     with _left_at_once():
         return _guarded(lambda: actions[args.command](args))
+
+
+def _add_model_commands(commands: Any) -> None:
+    export = commands.add_parser(
+        "export", help="write a run's newest parameters as a Hugging Face folder"
+    )
+    export.add_argument(
+        "run", help="for example: jaxspeed export runs/tiny --to hf exported/tiny"
+    )
+    export.add_argument("--to", nargs=2, metavar=("hf", "DIR"), required=True)
+    export.add_argument("--dtype", default="float32", choices=_DTYPES)
+    export.add_argument(
+        "--shard-gb", type=float, default=5.0, help="most gigabytes in one file"
+    )
+    score = commands.add_parser(
+        "score", help="log-probability of each token given those before it, in nats"
+    )
+    score.add_argument("model", help="a run directory or a Hugging Face folder")
+    score.add_argument(
+        "--ids",
+        required=True,
+        help="token ids, for example: jaxspeed score DIR --ids 5,17,3,8 --json",
+    )
+    score.add_argument("--dtype", default="float32", help="of the products")
+    score.add_argument(
+        "--json", action="store_true", help='{"ids": [[...]], "logprobs": [[...]]}'
+    )
+    for command in (export, score):
+        command.add_argument(
+            "--models", default="models", help="package of the model families"
+        )
 
 
 def load_recipe(path: str) -> RunConfig:
@@ -233,6 +270,70 @@ def _report(args: argparse.Namespace) -> int:
 
     sys.stdout.write(f"{report_from_run(args.run)}\n")
     return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    kind, folder = args.to
+    if kind != "hf":
+        raise config_error("to", kind, "no such format", "give --to hf DIR")
+    if args.shard_gb <= 0:
+        raise config_error("shard-gb", args.shard_gb, "no file", "give more than 0")
+    _prepare(args)
+    import jax.numpy as jnp
+
+    from jaxspeed.pretrained import export_run
+
+    files = export_run(
+        args.run,
+        folder,
+        dtype=jnp.dtype(args.dtype),
+        shard_bytes=int(args.shard_gb * 1e9),
+        models=args.models,
+    )
+    sys.stdout.write("".join(f"{file}\n" for file in files))
+    return 0
+
+
+def _score(args: argparse.Namespace) -> int:
+    try:
+        ids = [int(x) for x in args.ids.split(",")]
+    except ValueError:
+        raise config_error(
+            "ids", args.ids, "not token ids", "give numbers, as in 5,17,3,8"
+        ) from None
+    if args.dtype not in _DTYPES:
+        raise config_error(
+            "dtype",
+            args.dtype,
+            "no such precision",
+            f"give one of {', '.join(_DTYPES)}",
+        )
+    _prepare(args)
+    import numpy as np
+
+    from jaxspeed.generate import token_logprobs
+    from jaxspeed.pretrained import open_model
+
+    program, params = open_model(args.model, compute=args.dtype, models=args.models)
+    logprobs = token_logprobs(program, params, np.asarray(ids, np.int64)).tolist()
+    if args.json:
+        sys.stdout.write(json.dumps({"ids": [ids], "logprobs": [logprobs]}) + "\n")
+        return 0
+    for token, logprob in zip(ids[1:], logprobs, strict=True):
+        sys.stdout.write(f"{token:>8} {logprob:>10.5f}\n")
+    nats = -sum(logprobs) / len(logprobs)
+    sys.stdout.write(f"mean {-nats:.5f}, perplexity {math.exp(min(nats, 700)):.4g}\n")
+    return 0
+
+
+def _prepare(args: argparse.Namespace) -> None:
+    """Makes jax quiet and lets the package of model families be found where the command is started."""
+    from jaxspeed import launch
+
+    launch.quiet()
+    launch.keep_freed_memory()
+    if importlib.util.find_spec(args.models) is None:
+        sys.path.insert(0, os.getcwd())
 
 
 def _guarded(

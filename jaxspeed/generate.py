@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sampling text from a model in training, by the same forward pass that trains it.
+"""Sampling and scoring text, by the same forward pass that trains the model.
 
-Each new token runs the model over a window of what came before, at most `seq_len` tokens; layers
+Each sampled token runs the model over a window of what came before, at most `seq_len` tokens; layers
 are gathered one at a time, so it fits wherever training does. It is for a look at the model during
 a run, not for serving: there is no key-value cache.
 """
@@ -13,10 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Int, Key
+from jaxtyping import Array, Float, Int, Key
 
 from jaxspeed.ambient import ambient
+from jaxspeed.config import config_error
 from jaxspeed.nn import merge
+from jaxspeed.ops import linear
 from jaxspeed.program import Program
 from jaxspeed.sharding import is_placement
 from jaxspeed.step import compute_weights, manual_axes
@@ -51,6 +53,72 @@ def sample_tokens(
         params, buffer, np.int32(len(start)), np.float32(max(temperature, 1e-6)), key
     )
     return np.concatenate([np.asarray(prompt, np.int32), np.asarray(drawn)])
+
+
+def token_logprobs(
+    program: Program, params: Params, ids: Int[np.ndarray, " T"]
+) -> Float[np.ndarray, " T-1"]:
+    """Returns log p(ids[t] | ids[:t]) for every token but the first, in nats, by the forward pass that trains.
+
+    Args:
+        program: of the model.
+        params: its parameters.
+        ids: at least two, at most the model's longest sequence.
+
+    Raises:
+        ConfigError: there are too few or too many of them, or one is no token of the model.
+    """
+    vocab, longest = program.run.model.vocab_size, program.run.seq_len
+    if not 2 <= len(ids) <= longest:
+        raise config_error(
+            "ids", len(ids), "that many tokens cannot be scored", f"give 2 to {longest}"
+        )
+    if min(ids) < 0 or max(ids) >= vocab:
+        odd = next(int(x) for x in ids if not 0 <= x < vocab)
+        raise config_error(
+            "ids", odd, "the model has no such token", f"give ids from 0 to {vocab - 1}"
+        )
+    padded = np.zeros(_window(len(ids), longest), np.int32)
+    padded[: len(ids)] = ids
+    return np.asarray(_make_scorer(program)(params, padded))[: len(ids) - 1]
+
+
+@functools.lru_cache(maxsize=4)
+def _make_scorer(program: Program) -> Callable[..., jax.Array]:
+    """Returns `(params, tokens (S,)) -> log p of each but the first, (S-1,)`, jitted."""
+    spec = program.spec
+
+    def local(params: Params, tokens: jax.Array) -> jax.Array:
+        with ambient(spec.settings):
+            model = merge(spec.graphdef, compute_weights(spec, params))
+            hidden = model.hidden(tokens[None])[0, :-1]
+            logits = linear(hidden, model.output_embedding().T)
+        logps = jax.nn.log_softmax(logits.astype(jnp.float32))
+        return jnp.take_along_axis(logps, tokens[1:, None], -1)[:, 0]
+
+    return _on_mesh(program, local, num_others=1)
+
+
+def _on_mesh(
+    program: Program, local: Callable[..., jax.Array], *, num_others: int
+) -> Callable[..., jax.Array]:
+    """Returns `local(params, *others)` jitted under the step's manual axes; the others are whole on every device."""
+    spec = program.spec
+    masters = jax.tree.map(
+        lambda place: place.spec("master", manual_only=True),
+        spec.placements,
+        is_leaf=is_placement,
+    )
+    return jax.jit(
+        jax.shard_map(
+            local,
+            mesh=spec.mesh,
+            in_specs=(masters, *[P()] * num_others),
+            out_specs=P(),
+            axis_names=manual_axes(spec.mesh),
+            check_vma=False,
+        )
+    )
 
 
 def _window(wanted: int, seq_len: int) -> int:
@@ -95,18 +163,4 @@ def _make_sampler(
 
         return jax.lax.scan(next_token, (tokens, length), jnp.arange(num_tokens))[1]
 
-    masters = jax.tree.map(
-        lambda place: place.spec("master", manual_only=True),
-        spec.placements,
-        is_leaf=is_placement,
-    )
-    return jax.jit(
-        jax.shard_map(
-            local,
-            mesh=spec.mesh,
-            in_specs=(masters, P(), P(), P(), P()),
-            out_specs=P(),
-            axis_names=manual_axes(spec.mesh),
-            check_vma=False,
-        )
-    )
+    return _on_mesh(program, local, num_others=4)

@@ -103,7 +103,7 @@ def read_config(folder: str | Path, package: str = "models") -> Any:
         ConfigError: there is none, or nothing here is of that kind.
     """
     settings = read_settings(folder)
-    if "model_type" not in settings:
+    if not isinstance(settings.get("model_type"), str):
         raise ConfigError(
             f"{Path(folder) / 'config.json'}: no model_type; it is not a Hugging Face model's"
         )
@@ -113,7 +113,7 @@ def read_config(folder: str | Path, package: str = "models") -> Any:
 def is_hugging_face(folder: str | Path) -> bool:
     """Whether a folder's config.json is one of Hugging Face."""
     try:
-        return "model_type" in read_settings(folder)
+        return isinstance(read_settings(folder).get("model_type"), str)
     except ConfigError:
         return False
 
@@ -153,8 +153,12 @@ def import_params(
     """
     folder = Path(folder).expanduser()
     exchange = exchange_of(model_config)
-    there = exchange.read_config(read_settings(folder))
-    _refuse_another_model(folder, there, model_config)
+    settings = read_settings(folder)
+    if settings.get("model_type") not in exchange.architectures:
+        raise ConfigError(
+            f"{folder}: a model of type {settings.get('model_type')!r}, the run's family does {', '.join(exchange.architectures)}"
+        )
+    _refuse_another_model(folder, exchange.read_config(settings), model_config)
     tensors = _named(read_folder(folder), exchange)
     return take_params(tensors, model_config, abstract_params, source=str(folder))
 
@@ -356,10 +360,6 @@ def _named(
 
 
 def _refuse_another_model(folder: Path, there: Any, here: Any) -> None:
-    if type(there) is not type(here):
-        raise ConfigError(
-            f"{folder}: a model of {type(there).__module__}, the run's is of {type(here).__module__}"
-        )
     # A run may train with dropout, and on shorter sequences than the model could take.
     for name in there.__dataclass_fields__:
         theirs, ours = getattr(there, name), getattr(here, name)

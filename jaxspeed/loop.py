@@ -29,7 +29,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxspeed
-from jaxspeed.checkpoint import Checkpointer, restore_params
+from jaxspeed.checkpoint import Checkpointer
 from jaxspeed.config import ConfigError, RunConfig, config_error, diff, to_dict
 from jaxspeed.data import (
     EvalSet,
@@ -43,6 +43,7 @@ from jaxspeed.engine import first_nonfinite
 from jaxspeed.generate import sample_tokens
 from jaxspeed.ledger import Ledger, read_ledger
 from jaxspeed.metrics import MetricsWriter, bits_per_byte, perplexity
+from jaxspeed.pretrained import read_params
 from jaxspeed.program import Program, State, build_program, notices
 from jaxspeed.progress import Progress, format_count
 from jaxspeed.report import add_sample, format_bytes, report_from_run, save_run
@@ -191,7 +192,9 @@ class _Run:
         self.progress.phase("initialising")
         state = self.program.init_state()
         if self.run.init:
-            state["params"] = restore_params(self.run.init, abstract["params"])
+            state["params"] = read_params(
+                self.run.init, self.run.model, abstract["params"]
+            )
         return state
 
     def _refuse_to_begin_over(self) -> None:
@@ -216,7 +219,7 @@ class _Run:
         self.progress.print(f"state: {held} per device; {_collectives(self.ledger)}")
         if jax.process_index() == 0:
             save_run(
-                self.workdir, title=self.name, config=to_dict(self.run), config_diff=diff(self.run),
+                self.workdir, title=self.name, config={"family": type(self.run.model).__module__, **to_dict(self.run)}, config_diff=diff(self.run),
                 memory=memory_rows(self.program, compiled), ledger=self.ledger.rows(), notes=self._notes(),
             )  # fmt: skip
         return compiled

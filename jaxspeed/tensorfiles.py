@@ -130,7 +130,7 @@ def _entry(
         raise ConfigError(
             f"{path}: tensor {name} of shape {shape} has {end - begin:,} bytes"
         )
-    if start + end > len(data):
+    if begin < 0 or start + end > len(data):
         raise ConfigError(
             f"{path}: truncated: tensor {name} ends at byte {start + end:,} of {len(data):,}"
         )
@@ -228,9 +228,9 @@ def _write_file(path: Path, tensors: list[tuple[str, TensorInfo]]) -> None:
     with path.open("xb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for _, info in tensors:
-            array = np.ascontiguousarray(info.view(), info.dtype)
+            array = np.asarray(info.view(), info.dtype, order="C")
             assert array.shape == info.shape
-            file.write(array.view(np.uint8).data if array.size else b"")
+            file.write(array.reshape(-1).view(np.uint8).data)
 
 
 def _num_bytes(info: TensorInfo) -> int:

@@ -22,7 +22,7 @@ LAYERS = {
     2: "checkpoint data deepspeed_json deepspeed_keys deepspeed_rules hf loss_scale "
     "losses metrics offload optim precision progress report schedules",
     3: "generate lora pipeline program state step",
-    4: "__init__ __main__ cli doctor engine loop plan profile",
+    4: "__init__ __main__ cli doctor engine loop plan pretrained profile",
 }
 """Modules and packages of jaxspeed. Each imports its own layer and lower ones only."""
 

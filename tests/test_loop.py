@@ -99,6 +99,7 @@ def test_run_directory_holds_what_the_run_was_and_gave(
         "tensorboard",
     }
     saved = json.loads((done.workdir / "config.json").read_text())
+    assert saved.pop("family") == "tests.toy"
     assert saved == json.loads(json.dumps(to_dict(run)))
     kept = {path.name for path in (done.workdir / "checkpoints").iterdir()}
     assert kept == {"4", "8", "12"}

@@ -3,7 +3,7 @@
 
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -186,7 +186,7 @@ def test_import_export_import_is_the_same_to_the_bit(
 
 
 @pytest.mark.parametrize("stage", [1, 3])
-def test_shards_of_any_mesh_take_it(case: Case, stage: int) -> None:
+def test_shards_of_any_mesh_take_it(case: Case, stage: Literal[1, 3]) -> None:
     mesh = MeshConfig(data=2, fsdp=2, tensor=2)
     zero = ZeroConfig(stage=stage, param_persistence_threshold=0)
     program = program_for(case.folder, 8, mesh=mesh, zero=zero)

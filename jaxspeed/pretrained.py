@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model from where it lies: a run directory or a Hugging Face folder, onto the devices that are here."""
+
+import dataclasses
+import importlib
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import jax
+import numpy as np
+
+from jaxspeed.checkpoint import restore_params
+from jaxspeed.config import ConfigError, DTypeConfig, RunConfig, suggest
+from jaxspeed.hf import (
+    export_params,
+    import_params,
+    is_hugging_face,
+    read_config,
+    read_settings,
+)
+from jaxspeed.program import Program, build_program
+from jaxspeed.types import Params
+
+
+class Pretrained(NamedTuple):
+    """A model with its parameters on the devices."""
+
+    program: Program
+    params: Params
+
+
+def open_model(
+    path: str | Path, *, compute: str = "float32", models: str = "models"
+) -> Pretrained:
+    """Returns the model of a run directory or a Hugging Face folder, sharded over all devices.
+
+    Args:
+        path: either of them.
+        compute: dtype of the products.
+        models: package of the model families.
+
+    Raises:
+        ConfigError: there is no model, it is damaged, or no family is of its kind.
+    """
+    cfg = model_config(path, models=models)
+    run = RunConfig(
+        model=cfg,
+        steps=1,
+        seq_len=getattr(cfg, "max_seq_len", 1024),
+        micro_batch_size=1,
+        dtype=DTypeConfig(compute=cast(Any, compute)),
+    )
+    program = build_program(run)
+    return Pretrained(program, read_params(path, cfg, program.abstract_state["params"]))
+
+
+def model_config(path: str | Path, *, models: str = "models") -> Any:
+    """Returns the family's Config of the model that lies there.
+
+    Raises:
+        ConfigError: there is none, or no family is of its kind.
+    """
+    if is_hugging_face(path):
+        return read_config(path, models)
+    settings, where = read_settings(path), Path(path) / "config.json"
+    family = settings.get("family")
+    if not isinstance(family, str) or not family.startswith(models + "."):
+        raise ConfigError(
+            f"{where}: family={family!r} is not in the package {models!r}; give a run directory, a Hugging Face folder, or --models NAME"
+        )
+    try:
+        config = importlib.import_module(family).Config
+        known = {f.name for f in dataclasses.fields(config)}
+        for name in settings["model"]:
+            if name not in known:
+                raise ConfigError(
+                    f"{where}: model.{name}: {family} has no such field.{suggest(name, known)}"
+                )
+        return config(**settings["model"])
+    except (ImportError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"{where}: the model cannot be made ({error})") from None
+
+
+def read_params(path: str | Path, cfg: Any, abstract_params: Params) -> Params:
+    """Returns the parameters that lie there (a run's newest, or a Hugging Face folder's), in the dtypes and shards asked for.
+
+    Raises:
+        ConfigError: there are none, they are damaged, or of another model.
+    """
+    if is_hugging_face(path):
+        return import_params(path, cfg, abstract_params)
+    return restore_params(path, abstract_params)
+
+
+def export_run(
+    path: str | Path,
+    folder: str | Path,
+    *,
+    dtype: Any = np.float32,
+    shard_bytes: int = 5 * 10**9,
+    models: str = "models",
+) -> list[Path]:
+    """Writes a run's newest parameters, and its tokenizer, as a Hugging Face folder; returns the files.
+
+    Raises:
+        ConfigError: there is no such run, or the folder cannot be written or holds a model.
+    """
+    cfg = model_config(path, models=models)
+    run = RunConfig(model=cfg, steps=1, seq_len=8, micro_batch_size=1)
+    abstract = build_program(run, devices=jax.devices()[:1]).abstract_state["params"]
+    params = read_params(path, cfg, abstract)
+    files = export_params(params, cfg, folder, dtype=dtype, shard_bytes=shard_bytes)
+    tokenizer = Path(path) / "tokenizer.json"
+    if tokenizer.is_file():
+        files.append(Path(folder).expanduser() / "tokenizer.json")
+        files[-1].write_bytes(tokenizer.read_bytes())
+    return files
