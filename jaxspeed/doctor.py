@@ -134,9 +134,7 @@ def _attention(dtype: str) -> Callable[[], str]:
         platform = jax.local_devices()[0].platform
         platform = "gpu" if platform in ("cuda", "rocm") else platform
         shape = (2, 256, 2, 64)
-        kernel, why = choose_attention(
-            "auto", platform, jnp.dtype(dtype), shape, shape, True
-        )
+        kernel, why = choose_attention("auto", platform, jnp.dtype(dtype), shape)
         q, k, v = np.random.default_rng(0).normal(size=(3, *shape)).astype(np.float32)
         documents = np.repeat([[1, 2], [1, 1]], 128, axis=1).astype(np.int32)
         results = []
