@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: `train.py RECIPE ...` and `jaxspeed config|doctor|export|report|score`.
+"""The command line: `train.py RECIPE ...` and `jaxspeed config|doctor|export|import|report|score`.
 
 A recipe gives the configuration, a DeepSpeed JSON changes it, flags override both. Every error of
 the user's is one line on stderr and exit code 2; what trained so far is never lost. Layer 4.
@@ -98,6 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "doctor": _doctor,
         "report": _report,
         "export": _export,
+        "import": _import,
         "score": _score,
     }
     with _left_at_once():
@@ -112,10 +113,19 @@ def _add_model_commands(commands: Any) -> None:
         "run", help="for example: jaxspeed export runs/tiny --to hf exported/tiny"
     )
     export.add_argument("--to", nargs=2, metavar=("hf", "DIR"), required=True)
-    export.add_argument("--dtype", default="float32", choices=_DTYPES)
-    export.add_argument(
-        "--shard-gb", type=float, default=5.0, help="most gigabytes in one file"
+    importing = commands.add_parser(
+        "import", help="write a GGUF file as a Hugging Face folder, checked"
     )
+    importing.add_argument(
+        "source",
+        help="for example: jaxspeed import model.gguf --to imported/model; or a Hugging Face folder",
+    )
+    importing.add_argument("--to", metavar="DIR", required=True)
+    for command in (export, importing):
+        command.add_argument("--dtype", default="float32", choices=_DTYPES)
+        command.add_argument(
+            "--shard-gb", type=float, default=5.0, help="most gigabytes in one file"
+        )
     score = commands.add_parser(
         "score", help="log-probability of each token given those before it, in nats"
     )
@@ -129,7 +139,7 @@ def _add_model_commands(commands: Any) -> None:
     score.add_argument(
         "--json", action="store_true", help='{"ids": [[...]], "logprobs": [[...]]}'
     )
-    for command in (export, score):
+    for command in (export, importing, score):
         command.add_argument(
             "--models", default="models", help="package of the model families"
         )
@@ -276,20 +286,30 @@ def _export(args: argparse.Namespace) -> int:
     kind, folder = args.to
     if kind != "hf":
         raise config_error("to", kind, "no such format", "give --to hf DIR")
-    if args.shard_gb <= 0:
-        raise config_error("shard-gb", args.shard_gb, "no file", "give more than 0")
     _prepare(args)
-    import jax.numpy as jnp
-
     from jaxspeed.pretrained import export_run
 
-    files = export_run(
-        args.run,
-        folder,
-        dtype=jnp.dtype(args.dtype),
-        shard_bytes=int(args.shard_gb * 1e9),
-        models=args.models,
-    )
+    return _written(export_run(args.run, folder, **_how_to_write(args)))
+
+
+def _import(args: argparse.Namespace) -> int:
+    _prepare(args)
+    from jaxspeed.pretrained import import_model
+
+    return _written(import_model(args.source, args.to, **_how_to_write(args)))
+
+
+def _how_to_write(args: argparse.Namespace) -> dict[str, Any]:
+    import jax.numpy as jnp
+
+    if args.shard_gb <= 0:
+        raise config_error("shard-gb", args.shard_gb, "no file", "give more than 0")
+    size = int(args.shard_gb * 1e9)
+    dtype = jnp.dtype(args.dtype)
+    return {"dtype": dtype, "shard_bytes": size, "models": args.models}
+
+
+def _written(files: Sequence[Path]) -> int:
     sys.stdout.write("".join(f"{file}\n" for file in files))
     return 0
 

@@ -159,7 +159,7 @@ def import_params(
             f"{folder}: a model of type {settings.get('model_type')!r}, the run's family does {', '.join(exchange.architectures)}"
         )
     _refuse_another_model(folder, exchange.read_config(settings), model_config)
-    tensors = _named(read_folder(folder), exchange)
+    tensors = named_tensors(folder, model_config)
     return take_params(tensors, model_config, abstract_params, source=str(folder))
 
 
@@ -171,7 +171,30 @@ def take_params(
     source: str,
 ) -> Params:
     """Returns the parameters made of these tensors, named as Hugging Face does; see `import_params`."""
+    parts = check_tensors(tensors, model_config, abstract_params, source=source)
     leaves, tree = jax.tree_util.tree_flatten_with_path(abstract_params)
+
+    def take(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        part = parts[_dotted(path)]
+        read: Any = functools.partial(_read_shard, part, tensors, leaf)
+        return jax.make_array_from_callback(leaf.shape, leaf.sharding, read)
+
+    return jax.tree_util.tree_unflatten(tree, [take(*each) for each in leaves])
+
+
+def check_tensors(
+    tensors: Mapping[str, TensorInfo],
+    model_config: Any,
+    abstract_params: Params,
+    *,
+    source: str,
+) -> dict[str, Any]:
+    """Raises unless these are just the tensors of this model; returns how each parameter is part of them.
+
+    Raises:
+        ConfigError: one is missing, unknown or of another shape.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(abstract_params)
     shapes = {_dotted(path): leaf for path, leaf in leaves}
     parts = _parts(exchange_of(model_config).rows(model_config), shapes)
     wanted = {name for part in parts.values() for name in part.names}
@@ -189,13 +212,7 @@ def take_params(
                 raise ConfigError(
                     f"{source}: {name} is of shape {tensors[name].shape}, the model's is {part.shape_there}"
                 )
-
-    def take(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        part = parts[_dotted(path)]
-        read: Any = functools.partial(_read_shard, part, tensors, leaf)
-        return jax.make_array_from_callback(leaf.shape, leaf.sharding, read)
-
-    return jax.tree_util.tree_unflatten(tree, [take(*each) for each in leaves])
+    return parts
 
 
 def export_params(
@@ -343,10 +360,13 @@ def _theirs(
         yield name, TensorInfo(members[0][0].shape_there, dtype, make(members))
 
 
-def _named(
-    tensors: Mapping[str, TensorInfo], exchange: Exchange
-) -> dict[str, TensorInfo]:
-    """Returns the tensors under the names of the whole model, without what holds no parameter."""
+def named_tensors(folder: Path, model_config: Any) -> dict[str, TensorInfo]:
+    """Returns a folder's tensors under the names of the whole model, without what holds no parameter.
+
+    Raises:
+        ConfigError: see `jaxspeed.tensorfiles.read_folder`.
+    """
+    tensors, exchange = read_folder(folder), exchange_of(model_config)
     headless = exchange.prefix and not any(
         name.startswith(exchange.prefix) for name in tensors
     )

@@ -3,22 +3,31 @@
 
 import dataclasses
 import importlib
+import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import jax
 import numpy as np
 
+from jaxspeed import nn
 from jaxspeed.checkpoint import restore_params
 from jaxspeed.config import ConfigError, DTypeConfig, RunConfig, suggest
+from jaxspeed.gguf_files import read_gguf
 from jaxspeed.hf import (
+    check_tensors,
+    exchange_of,
     export_params,
+    find_exchange,
     import_params,
     is_hugging_face,
+    named_tensors,
     read_config,
     read_settings,
 )
 from jaxspeed.program import Program, build_program
+from jaxspeed.tensorfiles import TensorInfo, write_folder
 from jaxspeed.types import Params
 
 
@@ -90,6 +99,67 @@ def read_params(path: str | Path, cfg: Any, abstract_params: Params) -> Params:
     if is_hugging_face(path):
         return import_params(path, cfg, abstract_params)
     return restore_params(path, abstract_params)
+
+
+def import_model(
+    source: str | Path,
+    folder: str | Path,
+    *,
+    dtype: Any = np.float32,
+    shard_bytes: int = 5 * 10**9,
+    models: str = "models",
+) -> list[Path]:
+    """Writes a GGUF file, or a Hugging Face folder, as a checked Hugging Face folder with its tokenizer; returns the files.
+
+    One tensor at a time is in memory.
+
+    Raises:
+        ConfigError: the source is damaged or nothing here is of its kind, or the folder cannot be
+            written or holds a model.
+    """
+    source, folder = Path(source).expanduser(), Path(folder).expanduser()
+    texts: dict[str, str] = {}
+    if source.is_dir():
+        settings = read_settings(source)
+        cfg = read_config(source, models)
+        tensors = named_tensors(source, cfg)
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            if (source / name).is_file():
+                texts[name] = (source / name).read_text()
+    else:
+        gguf = read_gguf(source)
+        settings, tensors = gguf.settings, gguf.tensors
+        cfg = find_exchange(settings["model_type"], models).read_config(settings)
+        texts = {
+            "tokenizer.json": gguf.tokenizer,
+            "tokenizer_config.json": json.dumps(gguf.tokenizer_settings, indent=2),
+        }
+    abstract = nn.abstract(lambda: cfg.build(nn.rngs(jax.random.key(0))))[1]
+    check_tensors(tensors, cfg, abstract, source=str(source))
+    files = write_folder(
+        folder, _as_dtype(tensors, np.dtype(dtype)), shard_bytes=shard_bytes
+    )
+    settings |= {
+        "architectures": [exchange_of(cfg).architectures[settings["model_type"]]],
+        "torch_dtype": np.dtype(dtype).name,
+    }
+    texts["config.json"] = json.dumps(settings, indent=2) + "\n"
+    for name, text in texts.items():
+        files.append(folder / name)
+        files[-1].write_text(text)
+    return files
+
+
+def _as_dtype(
+    tensors: Mapping[str, TensorInfo], dtype: np.dtype
+) -> list[tuple[str, TensorInfo]]:
+    def cast_view(view: Callable[[], np.ndarray]) -> Callable[[], np.ndarray]:
+        return lambda: view().astype(dtype)
+
+    return [
+        (name, TensorInfo(info.shape, dtype, cast_view(info.view)))
+        for name, info in tensors.items()
+    ]
 
 
 def export_run(

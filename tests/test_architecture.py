@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = {
     0: "types config",
     1: "ambient launch ledger mesh nn ops remat sharding tensorfiles topology",
-    2: "checkpoint data deepspeed_json deepspeed_keys deepspeed_rules hf loss_scale "
+    2: "checkpoint data deepspeed_json deepspeed_keys deepspeed_rules gguf_files hf loss_scale "
     "losses metrics offload optim precision progress report schedules",
     3: "generate lora pipeline program state step",
     4: "__init__ __main__ cli doctor engine loop plan pretrained profile",
