@@ -634,7 +634,7 @@ def test_orthogonalize_survives_singular_and_zero_matrices():
         (dict(name="adagrad"), dict(name="one_cycle"), "adagrad has no momentum"),
         (dict(name="adafactor"), dict(name="one_cycle"), "adafactor has no momentum"),
         (dict(name="sgd", momentum=0.0), dict(name="one_cycle"), "sgd has no momentum"),
-        ({}, dict(warmup_steps=11), "schedule.warmup_steps=11"),
+        ({}, dict(warmup_steps=11, total_steps=10), "schedule.total_steps=10"),
     ],
 )
 def test_settings_that_contradict_are_one_clear_line(optim, schedule, message):
