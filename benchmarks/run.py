@@ -50,7 +50,9 @@ def main() -> None:
         if args.peers and suite.core is not None:
             _compare_losses(name, suite)
         sys.stderr.write(f"{name}: {args.rounds} rounds of {list(suite.commands)}\n")
-        tables.append(f"### {name}\n\n" + _table(suite, args.rounds))
+        figures = versus.measure(suite.commands, suite.key, args.rounds, suite.core)
+        table = versus.table(versus.summary(figures), suite.key)
+        tables.append(f"### {name}\n\n{table}")
         sys.stdout.write(f"\n{tables[-1]}\n")
         sys.stdout.flush()
         output = pathlib.Path(args.output)
@@ -104,14 +106,6 @@ def _compare_losses(name: str, suite: Suite) -> None:
         off = max(abs(a - b) - 1e-5 for a, b in zip(values, first, strict=True))
         if off / first[0] > tolerance:
             sys.exit(f"{name}: {program}'s losses {values} are not PyTorch's {first}")
-
-
-def _table(suite: Suite, rounds: int) -> str:
-    figures: dict[str, list[float]] = {program: [] for program in suite.commands}
-    for _ in range(rounds):
-        for program, command in suite.commands.items():
-            figures[program].append(versus.run(command, suite.core)[suite.key])
-    return versus.table(versus.summary(figures), suite.key)
 
 
 def _machine() -> str:

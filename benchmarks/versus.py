@@ -22,20 +22,29 @@ def main() -> None:
     """Runs the rounds, writes a line per run to `--log` and the table to stdout."""
     args = _arguments()
     commands = dict(args.command)
-    figures = {name: [] for name in commands}
-    for turn in range(args.rounds):
-        for name, command in commands.items():
-            result = run(command, args.core)
-            if args.key not in result:
-                sys.exit(
-                    f"{name}: no {args.key!r} in the line it printed: {sorted(result)}"
-                )
-            figures[name].append(result[args.key])
-            _log(args.log, {"round": turn, "run": name, **result})
-            sys.stderr.write(f"round {turn} {name}: {args.key} {result[args.key]}\n")
-    rows = summary(figures)
+    rows = summary(measure(commands, args.key, args.rounds, args.core, args.log))
     text = json.dumps(rows, indent=1) if args.json else table(rows, args.key)
     sys.stdout.write(text + "\n")
+
+
+def measure(
+    commands: dict[str, str],
+    key: str,
+    rounds: int,
+    core: int | None = None,
+    log: str | None = None,
+) -> dict[str, list[float]]:
+    """Returns each command's figures, a round at a time; says each on stderr as it comes."""
+    figures: dict[str, list[float]] = {name: [] for name in commands}
+    for turn in range(rounds):
+        for name, command in commands.items():
+            result = run(command, core)
+            if key not in result:
+                sys.exit(f"{name}: no {key!r} in the line it printed: {sorted(result)}")
+            figures[name].append(result[key])
+            _log(log, {"round": turn, "run": name, **result})
+            sys.stderr.write(f"round {turn} {name}: {key} {result[key]}\n")
+    return figures
 
 
 def run(command: str, core: int | None) -> dict:

@@ -7,44 +7,21 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jaxspeed.config import (
         CheckpointConfig as CheckpointConfig,
-    )
-    from jaxspeed.config import (
         ConfigError as ConfigError,
-    )
-    from jaxspeed.config import (
         DataConfig as DataConfig,
-    )
-    from jaxspeed.config import (
         DTypeConfig as DTypeConfig,
-    )
-    from jaxspeed.config import (
         EvalConfig as EvalConfig,
-    )
-    from jaxspeed.config import (
         LossScaleConfig as LossScaleConfig,
-    )
-    from jaxspeed.config import (
         MeshConfig as MeshConfig,
-    )
-    from jaxspeed.config import (
         OptimConfig as OptimConfig,
-    )
-    from jaxspeed.config import (
         RunConfig as RunConfig,
-    )
-    from jaxspeed.config import (
         ScheduleConfig as ScheduleConfig,
-    )
-    from jaxspeed.config import (
         ZeroConfig as ZeroConfig,
     )
-    from jaxspeed.engine import Engine as Engine
-    from jaxspeed.engine import initialize as initialize
-    from jaxspeed.ledger import Ledger as Ledger
-    from jaxspeed.ledger import read_ledger as read_ledger
+    from jaxspeed.engine import Engine as Engine, initialize as initialize
+    from jaxspeed.ledger import Ledger as Ledger, read_ledger as read_ledger
     from jaxspeed.loop import fit as fit
-    from jaxspeed.program import Program as Program
-    from jaxspeed.program import build_program as build_program
+    from jaxspeed.program import Program as Program, build_program as build_program
     from jaxspeed.types import Sums as Sums
 
 __version__ = "0.1.0"

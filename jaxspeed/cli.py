@@ -27,6 +27,7 @@ from jaxspeed.config import ConfigError, RunConfig, config_error, suggest
 
 
 _DTYPES = ("float32", "bfloat16", "float16")
+_DTYPE_HELP = ", ".join(_DTYPES)
 
 EXAMPLES = """\
 examples:
@@ -122,7 +123,7 @@ def _add_model_commands(commands: Any) -> None:
     )
     importing.add_argument("--to", metavar="DIR", required=True)
     for command in (export, importing):
-        command.add_argument("--dtype", default="float32", choices=_DTYPES)
+        command.add_argument("--dtype", default="float32", help=_DTYPE_HELP)
         command.add_argument(
             "--shard-gb", type=float, default=5.0, help="most gigabytes in one file"
         )
@@ -135,7 +136,9 @@ def _add_model_commands(commands: Any) -> None:
         required=True,
         help="token ids, for example: jaxspeed score DIR --ids 5,17,3,8 --json",
     )
-    score.add_argument("--dtype", default="float32", help="of the products")
+    score.add_argument(
+        "--dtype", default="float32", help=f"of the products: {_DTYPE_HELP}"
+    )
     score.add_argument(
         "--json", action="store_true", help='{"ids": [[...]], "logprobs": [[...]]}'
     )
@@ -305,8 +308,15 @@ def _how_to_write(args: argparse.Namespace) -> dict[str, Any]:
     if args.shard_gb <= 0:
         raise config_error("shard-gb", args.shard_gb, "no file", "give more than 0")
     size = int(args.shard_gb * 1e9)
-    dtype = jnp.dtype(args.dtype)
+    dtype = jnp.dtype(_dtype(args))
     return {"dtype": dtype, "shard_bytes": size, "models": args.models}
+
+
+def _dtype(args: argparse.Namespace) -> str:
+    if args.dtype not in _DTYPES:
+        why, change = "no such precision", f"give one of {_DTYPE_HELP}"
+        raise config_error("dtype", args.dtype, why, change)
+    return args.dtype
 
 
 def _written(files: Sequence[Path]) -> int:
@@ -321,20 +331,14 @@ def _score(args: argparse.Namespace) -> int:
         raise config_error(
             "ids", args.ids, "not token ids", "give numbers, as in 5,17,3,8"
         ) from None
-    if args.dtype not in _DTYPES:
-        raise config_error(
-            "dtype",
-            args.dtype,
-            "no such precision",
-            f"give one of {', '.join(_DTYPES)}",
-        )
+    dtype = _dtype(args)
     _prepare(args)
     import numpy as np
 
     from jaxspeed.generate import token_logprobs
     from jaxspeed.pretrained import open_model
 
-    program, params = open_model(args.model, compute=args.dtype, models=args.models)
+    program, params = open_model(args.model, compute=dtype, models=args.models)
     logprobs = token_logprobs(program, params, np.asarray(ids, np.int64)).tolist()
     if args.json:
         sys.stdout.write(json.dumps({"ids": [ids], "logprobs": [logprobs]}) + "\n")

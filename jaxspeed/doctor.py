@@ -44,7 +44,7 @@ EXTRAS = {
         "NVIDIA GPUs with CUDA 12, and planning for them without one",
     ),
     "jax_cuda13_plugin": ("cuda13", "NVIDIA GPUs with CUDA 13"),
-    "transformers": ("hf", "the tests that compare with Hugging Face"),
+    "transformers": ("hf", "GGUF files, and the tests that compare with Hugging Face"),
 }
 
 

@@ -20,8 +20,7 @@ from jaxspeed.config import config_error
 from jaxspeed.nn import merge
 from jaxspeed.ops import linear
 from jaxspeed.program import Program
-from jaxspeed.sharding import is_placement
-from jaxspeed.step import compute_weights, manual_axes
+from jaxspeed.step import compute_weights, on_zero_axes
 from jaxspeed.types import Params
 
 
@@ -96,29 +95,7 @@ def _make_scorer(program: Program) -> Callable[..., jax.Array]:
         logps = jax.nn.log_softmax(logits.astype(jnp.float32))
         return jnp.take_along_axis(logps, tokens[1:, None], -1)[:, 0]
 
-    return _on_mesh(program, local, num_others=1)
-
-
-def _on_mesh(
-    program: Program, local: Callable[..., jax.Array], *, num_others: int
-) -> Callable[..., jax.Array]:
-    """Returns `local(params, *others)` jitted under the step's manual axes; the others are whole on every device."""
-    spec = program.spec
-    masters = jax.tree.map(
-        lambda place: place.spec("master", manual_only=True),
-        spec.placements,
-        is_leaf=is_placement,
-    )
-    return jax.jit(
-        jax.shard_map(
-            local,
-            mesh=spec.mesh,
-            in_specs=(masters, *[P()] * num_others),
-            out_specs=P(),
-            axis_names=manual_axes(spec.mesh),
-            check_vma=False,
-        )
-    )
+    return jax.jit(on_zero_axes(spec, local, (P(),), P()))
 
 
 def _window(wanted: int, seq_len: int) -> int:
@@ -163,4 +140,4 @@ def _make_sampler(
 
         return jax.lax.scan(next_token, (tokens, length), jnp.arange(num_tokens))[1]
 
-    return _on_mesh(program, local, num_others=4)
+    return jax.jit(on_zero_axes(spec, local, (P(),) * 4, P()))

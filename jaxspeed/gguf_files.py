@@ -54,10 +54,8 @@ class GGUF(NamedTuple):
     """config.json."""
     tensors: dict[str, TensorInfo]
     """By Hugging Face's names, as float32; a quantised one is dequantised when it is viewed."""
-    tokenizer: str
-    """tokenizer.json."""
-    tokenizer_settings: dict[str, Any]
-    """tokenizer_config.json: special tokens and the chat template."""
+    tokenizer: dict[str, str]
+    """The text of tokenizer.json, and of tokenizer_config.json (special tokens and the chat template)."""
 
 
 def read_gguf(path: str | Path) -> GGUF:
@@ -94,7 +92,7 @@ def read_gguf(path: str | Path) -> GGUF:
         tensors[name] = TensorInfo(
             shape, np.dtype(np.float32), _unpermuted(view, name, shape, settings)
         )
-    return GGUF(settings, tensors, *_tokenizer(path, fields))
+    return GGUF(settings, tensors, _tokenizer(path, fields))
 
 
 def _settings(path: Path, fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -160,7 +158,7 @@ def _unpermuted(
     return lambda: view().reshape(apart).swapaxes(1, 2).reshape(shape)
 
 
-def _tokenizer(path: Path, fields: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+def _tokenizer(path: Path, fields: Mapping[str, Any]) -> dict[str, str]:
     from tokenizers import (
         AddedToken,
         Regex,
@@ -216,5 +214,7 @@ def _tokenizer(path: Path, fields: Mapping[str, Any]) -> tuple[str, dict[str, An
             settings[f"{short}_token"] = tokens[number]
     if template := fields.get("tokenizer.chat_template"):
         settings["chat_template"] = template
-    # Through JSON, so that it is known to be one.
-    return json.dumps(json.loads(tokenizer.to_str()), ensure_ascii=False), settings
+    return {
+        "tokenizer.json": tokenizer.to_str(),
+        "tokenizer_config.json": json.dumps(settings, indent=2),
+    }

@@ -13,7 +13,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -74,7 +74,7 @@ def find_exchange(model_type: str, package: str = "models") -> Exchange:
         raise ConfigError(
             f"model_type={model_type!r}: no such family.{suggest(model_type, families)} There are {', '.join(sorted(families))}"
         )
-    return exchange_of_module(families[model_type])
+    return _exchange_in(families[model_type])
 
 
 def exchange_of(model_config: Any) -> Exchange:
@@ -83,11 +83,10 @@ def exchange_of(model_config: Any) -> Exchange:
     Raises:
         ConfigError: its module has none.
     """
-    return exchange_of_module(type(model_config).__module__)
+    return _exchange_in(type(model_config).__module__)
 
 
-def exchange_of_module(name: str) -> Exchange:
-    """Returns `EXCHANGE` of a family's module."""
+def _exchange_in(name: str) -> Exchange:
     module = sys.modules.get(name) or importlib.import_module(name)
     if not hasattr(module, "EXCHANGE"):
         raise ConfigError(
@@ -107,6 +106,15 @@ def read_config(folder: str | Path, package: str = "models") -> Any:
         raise ConfigError(
             f"{Path(folder) / 'config.json'}: no model_type; it is not a Hugging Face model's"
         )
+    return config_of(settings, package)
+
+
+def config_of(settings: Mapping[str, Any], package: str = "models") -> Any:
+    """Returns the family's Config that the settings of a config.json describe.
+
+    Raises:
+        ConfigError: nothing here is of that kind.
+    """
     return find_exchange(settings["model_type"], package).read_config(settings)
 
 
@@ -222,10 +230,11 @@ def export_params(
     *,
     dtype: Any = np.float32,
     shard_bytes: int = 5 * 10**9,
+    texts: Mapping[str, str] | None = None,
 ) -> list[Path]:
     """Writes parameters as a Hugging Face folder (config.json and safetensors files); returns its files.
 
-    One tensor at a time leaves the devices. The tokenizer's files are the caller's.
+    One tensor at a time leaves the devices.
 
     Args:
         params: arrays or numpy arrays, whole or sharded over this process's devices.
@@ -233,23 +242,50 @@ def export_params(
         folder: made if it is not there; must hold no model.
         dtype: of the tensors written.
         shard_bytes: most bytes of tensors in one file.
+        texts: files to go with them, the tokenizer's for instance, by name.
 
     Raises:
         ConfigError: the folder holds a model, or cannot be written.
     """
-    folder, exchange = Path(folder).expanduser(), exchange_of(model_config)
-    settings = exchange.write_config(model_config)
+    exchange = exchange_of(model_config)
     leaves = jax.tree_util.tree_leaves_with_path(params)
     arrays = {_dotted(path): leaf for path, leaf in leaves}
     parts = _parts(exchange.rows(model_config), arrays)
-    tensors = _theirs(parts, arrays, np.dtype(dtype))
-    files = write_folder(folder, tensors, shard_bytes=shard_bytes)
-    settings |= {
+    return write_model(
+        folder,
+        _theirs(parts, arrays),
+        exchange.write_config(model_config),
+        exchange,
+        dtype=dtype,
+        shard_bytes=shard_bytes,
+        texts=texts,
+    )
+
+
+def write_model(
+    folder: str | Path,
+    tensors: Iterable[tuple[str, TensorInfo]],
+    settings: Mapping[str, Any],
+    exchange: Exchange,
+    *,
+    dtype: Any,
+    shard_bytes: int,
+    texts: Mapping[str, str] | None = None,
+) -> list[Path]:
+    """Writes tensors under Hugging Face's names, and their config.json, as a folder; see `export_params`."""
+    dtype = np.dtype(dtype)
+    settings = {
+        **settings,
         "architectures": [exchange.architectures[settings["model_type"]]],
-        "torch_dtype": np.dtype(dtype).name,
+        "torch_dtype": dtype.name,
     }
-    (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
-    return [*files, folder / "config.json"]
+    config = json.dumps(settings, indent=2) + "\n"
+    return write_folder(
+        Path(folder).expanduser(),
+        ((name, info._replace(dtype=dtype)) for name, info in tensors),
+        shard_bytes=shard_bytes,
+        texts={**(texts or {}), "config.json": config},
+    )
 
 
 class _Part(NamedTuple):
@@ -330,15 +366,15 @@ def _read_shard(
         whole = part.ours(tensors[part.names[0]].view())
         return np.ascontiguousarray(whole[index], leaf.dtype)
     layers, rest = range(*index[0].indices(leaf.shape[0])), index[1:]
-    one = part.ours(tensors[part.names[0]].view())[rest].shape
-    shard = np.empty((len(layers), *one), leaf.dtype)
+    assert leaf.sharding is not None
+    shard = np.empty(leaf.sharding.shard_shape(leaf.shape), leaf.dtype)
     for slot, layer in enumerate(layers):
         shard[slot] = part.ours(tensors[part.names[layer]].view())[rest]
     return shard
 
 
 def _theirs(
-    parts: Mapping[str, _Part], arrays: Mapping[str, Any], dtype: np.dtype
+    parts: Mapping[str, _Part], arrays: Mapping[str, Any]
 ) -> Iterator[tuple[str, TensorInfo]]:
     """Yields the tensors over there, in the order of the table, layer by layer."""
     of: dict[str, list[tuple[_Part, int]]] = {}
@@ -352,12 +388,14 @@ def _theirs(
                 np.asarray(arrays[p.path][layer] if p.stacked else arrays[p.path])
                 for p, layer in members
             ]
-            return members[0][0].theirs(ours).astype(dtype)
+            return members[0][0].theirs(ours)
 
         return view
 
     for name, members in of.items():
-        yield name, TensorInfo(members[0][0].shape_there, dtype, make(members))
+        part = members[0][0]
+        dtype = np.dtype(arrays[part.path].dtype)
+        yield name, TensorInfo(part.shape_there, dtype, make(members))
 
 
 def named_tensors(folder: Path, model_config: Any) -> dict[str, TensorInfo]:

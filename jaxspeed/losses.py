@@ -26,8 +26,9 @@ def next_token_loss(model: CausalLM, batch: Batch) -> Sums:
             f"batch has {sorted(batch)}: next_token_loss needs inputs, token ids of shape (B, T); "
             "name them so, or give a loss_fn of your own"
         )
-    for name in ("inputs", "targets", "mask", "positions", "segment_ids"):
-        dtype = batch[name].dtype if name in batch else jnp.dtype(int)
+    known = ("inputs", "targets", "mask", "positions", "segment_ids")
+    for name in (name for name in known if name in batch):
+        dtype = batch[name].dtype
         if not (jnp.issubdtype(dtype, jnp.integer) or (name, dtype) == ("mask", bool)):
             what = "booleans (True counts)" if name == "mask" else "integers"
             raise ConfigError(f"batch[{name!r}] is of {dtype}: give {what}")

@@ -3,8 +3,6 @@
 
 import dataclasses
 import importlib
-import json
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -17,18 +15,22 @@ from jaxspeed.config import ConfigError, DTypeConfig, RunConfig, suggest
 from jaxspeed.gguf_files import read_gguf
 from jaxspeed.hf import (
     check_tensors,
+    config_of,
     exchange_of,
     export_params,
-    find_exchange,
     import_params,
     is_hugging_face,
     named_tensors,
     read_config,
     read_settings,
+    write_model,
 )
 from jaxspeed.program import Program, build_program
-from jaxspeed.tensorfiles import TensorInfo, write_folder
+from jaxspeed.state import with_shardings
 from jaxspeed.types import Params
+
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
 class Pretrained(NamedTuple):
@@ -117,49 +119,16 @@ def import_model(
         ConfigError: the source is damaged or nothing here is of its kind, or the folder cannot be
             written or holds a model.
     """
-    source, folder = Path(source).expanduser(), Path(folder).expanduser()
-    texts: dict[str, str] = {}
+    source = Path(source).expanduser()
     if source.is_dir():
-        settings = read_settings(source)
-        cfg = read_config(source, models)
-        tensors = named_tensors(source, cfg)
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            if (source / name).is_file():
-                texts[name] = (source / name).read_text()
+        cfg, settings = read_config(source, models), read_settings(source)
+        tensors, texts = named_tensors(source, cfg), _tokenizer_files(source)
     else:
-        gguf = read_gguf(source)
-        settings, tensors = gguf.settings, gguf.tensors
-        cfg = find_exchange(settings["model_type"], models).read_config(settings)
-        texts = {
-            "tokenizer.json": gguf.tokenizer,
-            "tokenizer_config.json": json.dumps(gguf.tokenizer_settings, indent=2),
-        }
-    abstract = nn.abstract(lambda: cfg.build(nn.rngs(jax.random.key(0))))[1]
-    check_tensors(tensors, cfg, abstract, source=str(source))
-    files = write_folder(
-        folder, _as_dtype(tensors, np.dtype(dtype)), shard_bytes=shard_bytes
-    )
-    settings |= {
-        "architectures": [exchange_of(cfg).architectures[settings["model_type"]]],
-        "torch_dtype": np.dtype(dtype).name,
-    }
-    texts["config.json"] = json.dumps(settings, indent=2) + "\n"
-    for name, text in texts.items():
-        files.append(folder / name)
-        files[-1].write_text(text)
-    return files
-
-
-def _as_dtype(
-    tensors: Mapping[str, TensorInfo], dtype: np.dtype
-) -> list[tuple[str, TensorInfo]]:
-    def cast_view(view: Callable[[], np.ndarray]) -> Callable[[], np.ndarray]:
-        return lambda: view().astype(dtype)
-
-    return [
-        (name, TensorInfo(info.shape, dtype, cast_view(info.view)))
-        for name, info in tensors.items()
-    ]
+        settings, tensors, texts = read_gguf(source)
+        cfg = config_of(settings, models)
+    check_tensors(tensors, cfg, _abstract_params(cfg), source=str(source))
+    how: dict[str, Any] = {"dtype": dtype, "shard_bytes": shard_bytes, "texts": texts}
+    return write_model(folder, tensors.items(), settings, exchange_of(cfg), **how)
 
 
 def export_run(
@@ -176,12 +145,20 @@ def export_run(
         ConfigError: there is no such run, or the folder cannot be written or holds a model.
     """
     cfg = model_config(path, models=models)
-    run = RunConfig(model=cfg, steps=1, seq_len=8, micro_batch_size=1)
-    abstract = build_program(run, devices=jax.devices()[:1]).abstract_state["params"]
-    params = read_params(path, cfg, abstract)
-    files = export_params(params, cfg, folder, dtype=dtype, shard_bytes=shard_bytes)
-    tokenizer = Path(path) / "tokenizer.json"
-    if tokenizer.is_file():
-        files.append(Path(folder).expanduser() / "tokenizer.json")
-        files[-1].write_bytes(tokenizer.read_bytes())
-    return files
+    params = read_params(path, cfg, _abstract_params(cfg))
+    how: dict[str, Any] = {"dtype": dtype, "shard_bytes": shard_bytes}
+    return export_params(params, cfg, folder, texts=_tokenizer_files(path), **how)
+
+
+def _abstract_params(cfg: Any) -> Params:
+    """Returns the shapes of a family's parameters, whole on one device."""
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("one",))
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    shapes = nn.abstract(lambda: cfg.build(nn.rngs(jax.random.key(0))))[1]
+    return with_shardings(shapes, jax.tree.map(lambda _: whole, shapes))
+
+
+def _tokenizer_files(path: str | Path) -> dict[str, str]:
+    """Returns the files of a folder that say what its token ids mean, by name."""
+    files = (Path(path).expanduser() / name for name in TOKENIZER_FILES)
+    return {file.name: file.read_text() for file in files if file.is_file()}

@@ -17,8 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 from jaxspeed import nn
 from jaxspeed.ambient import Ambient
@@ -35,7 +34,7 @@ from jaxspeed.mesh import build_mesh
 from jaxspeed.optim import make_optimizer
 from jaxspeed.schedules import make_schedule
 from jaxspeed.sharding import is_placement, place_all
-from jaxspeed.state import make_init, state_shardings, with_shardings
+from jaxspeed.state import make_init, master_shardings, state_shardings, with_shardings
 from jaxspeed.step import StepSpec, make_eval_fn, make_train_step
 from jaxspeed.topology import find_chip
 from jaxspeed.types import LossFn, Params, PyTree, Sums
@@ -281,11 +280,7 @@ def build_program(
         dropout=custom or getattr(run.model, "dropout", 1.0) > 0.0,
     )  # fmt: skip
     schedule = make_schedule(run.schedule, run.optim.lr, run.steps)
-    masters = jax.tree.map(
-        lambda place: NamedSharding(mesh, place.spec("master")),
-        placements,
-        is_leaf=is_placement,
-    )
+    masters = master_shardings(placements, mesh)
     tx = make_optimizer(run.optim, run.schedule, run.steps, dims, placements=masters)
     init = make_init(
         lambda key: nn.initialise(lambda: make_model(nn.rngs(key))),

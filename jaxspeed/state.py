@@ -13,13 +13,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 from jaxspeed.config import LossScaleConfig
 from jaxspeed.loss_scale import init_loss_scale
 from jaxspeed.optim import map_like_params
-from jaxspeed.sharding import Placement
+from jaxspeed.sharding import is_placement
 from jaxspeed.types import Params, PyTree
 
 
@@ -48,11 +47,7 @@ def make_init(
 def state_shardings(abstract: PyTree, placements: PyTree, mesh: Mesh) -> PyTree:
     """Returns a NamedSharding for every leaf of the state: masters and their optimizer moments by placement, scalars whole."""
     whole = NamedSharding(mesh, P())
-    params = jax.tree.map(
-        lambda place: NamedSharding(mesh, place.spec("master")),
-        placements,
-        is_leaf=lambda x: isinstance(x, Placement),
-    )
+    params = master_shardings(placements, mesh)
     shardings = {
         name: jax.tree.map(lambda _: whole, part)
         for name, part in abstract.items()
@@ -60,6 +55,15 @@ def state_shardings(abstract: PyTree, placements: PyTree, mesh: Mesh) -> PyTree:
     }
     opt = map_like_params(abstract["opt"], abstract["params"], params, whole)
     return {**shardings, "params": params, "opt": opt}
+
+
+def master_shardings(placements: PyTree, mesh: Mesh) -> PyTree:
+    """Returns the NamedSharding of every master parameter."""
+    return jax.tree.map(
+        lambda place: NamedSharding(mesh, place.spec("master")),
+        placements,
+        is_leaf=is_placement,
+    )
 
 
 def with_shardings(abstract: PyTree, shardings: PyTree) -> PyTree:

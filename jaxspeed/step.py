@@ -15,8 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh, PartitionSpec as P
 
 from jaxspeed.ambient import Ambient, ambient
 from jaxspeed.config import BATCH_AXES, ConfigError, LossScaleConfig
@@ -109,19 +108,8 @@ def make_grad_fn(spec: StepSpec) -> GradFn:
         )
         return gradients, jax.tree.map(lambda x: jax.lax.psum(x, BATCH_AXES), sums)
 
-    masters = jax.tree.map(
-        lambda place: place.spec("master", manual_only=True),
-        spec.placements,
-        is_leaf=is_placement,
-    )
-    return jax.shard_map(
-        local,
-        mesh=spec.mesh,
-        in_specs=(masters, P(None, BATCH_AXES), P(), P()),
-        out_specs=(masters, P()),
-        axis_names=manual_axes(spec.mesh),
-        check_vma=False,
-    )
+    others = (P(None, BATCH_AXES), P(), P())
+    return on_zero_axes(spec, local, others, (_master_specs(spec), P()))
 
 
 def manual_axes(mesh: Mesh) -> set[str]:
@@ -141,18 +129,35 @@ def make_eval_fn(spec: StepSpec) -> Callable[[Params, Batch], Sums]:
             sums = _as_sums(spec.loss_fn(model, batch))
         return jax.tree.map(lambda x: jax.lax.psum(x, BATCH_AXES), sums)
 
-    masters = jax.tree.map(
-        lambda place: place.spec("master", manual_only=True),
-        spec.placements,
-        is_leaf=is_placement,
-    )
+    return on_zero_axes(spec, local, (P(BATCH_AXES),), P())
+
+
+def on_zero_axes(
+    spec: StepSpec, local: Callable[..., Any], others: tuple[P, ...], out_specs: Any
+) -> Callable[..., Any]:
+    """Returns `local(params, *others)` run on each device's own shards, with the ZeRO axes in hand.
+
+    Args:
+        spec: of the step whose parameters these are.
+        local: what each device does with its shards of the master parameters.
+        others: the partitions of its further arguments.
+        out_specs: those of its results.
+    """
     return jax.shard_map(
         local,
         mesh=spec.mesh,
-        in_specs=(masters, P(BATCH_AXES)),
-        out_specs=P(),
+        in_specs=(_master_specs(spec), *others),
+        out_specs=out_specs,
         axis_names=manual_axes(spec.mesh),
         check_vma=False,
+    )
+
+
+def _master_specs(spec: StepSpec) -> PyTree:
+    return jax.tree.map(
+        lambda place: place.spec("master", manual_only=True),
+        spec.placements,
+        is_leaf=is_placement,
     )
 
 

@@ -6,6 +6,7 @@ read and written here, not by the library of that name, because that one hands o
 a device's shard of a transposed matrix needs a view of the file. Nothing is executed. Layer 1.
 """
 
+import contextlib
 import json
 import math
 import mmap
@@ -155,7 +156,11 @@ def _index(path: Path) -> dict[str, str]:
 
 
 def write_folder(
-    folder: Path, tensors: Iterable[tuple[str, TensorInfo]], *, shard_bytes: int
+    folder: Path,
+    tensors: Iterable[tuple[str, TensorInfo]],
+    *,
+    shard_bytes: int,
+    texts: Mapping[str, str] | None = None,
 ) -> list[Path]:
     """Writes tensors as one safetensors file, or as several and an index; returns the files.
 
@@ -163,14 +168,14 @@ def write_folder(
 
     Args:
         folder: made if it is not there.
-        tensors: in the order in which they are written.
+        tensors: in the order in which they are written, each in its info's dtype.
         shard_bytes: most bytes of tensors in one file; a larger tensor has a file of its own.
+        texts: files to go with them, by name.
 
     Raises:
-        ConfigError: a model is there already, or the disk is full.
+        ConfigError: a model is there already, or the folder cannot be written (then nothing new is in it).
     """
     shards = list(_shards(tensors, shard_bytes))
-    folder.mkdir(parents=True, exist_ok=True)
     there = sorted(path.name for path in folder.glob("*.safetensors*"))
     if there:
         raise ConfigError(
@@ -180,22 +185,28 @@ def write_folder(
     name_of = lambda i: (
         SINGLE if count == 1 else f"model-{i + 1:05d}-of-{count:05d}.safetensors"
     )
-    files, where, total = [], {}, 0
+    files, where, total, texts = [], {}, 0, dict(texts or {})
     for i, shard in enumerate(shards):
-        files.append(folder / name_of(i))
-        try:
-            _write_file(files[-1], shard)
-        except OSError as error:
-            files[-1].unlink(missing_ok=True)
-            raise ConfigError(
-                f"{files[-1]}: cannot be written ({error.strerror}); free some space, or give another folder"
-            ) from None
         where |= dict.fromkeys((name for name, _ in shard), name_of(i))
         total += sum(_num_bytes(info) for _, info in shard)
     if count > 1:
         index = {"metadata": {"total_size": total}, "weight_map": where}
-        files.append(folder / INDEX)
-        files[-1].write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        texts[INDEX] = json.dumps(index, indent=2, sort_keys=True) + "\n"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for i, shard in enumerate(shards):
+            files.append(folder / name_of(i))
+            _write_file(files[-1], shard)
+        for name, text in texts.items():
+            files.append(folder / name)
+            files[-1].write_text(text)
+    except OSError as error:
+        for file in files:
+            with contextlib.suppress(OSError):
+                file.unlink(missing_ok=True)
+        raise ConfigError(
+            f"{(files or [folder])[-1]}: cannot be written ({error.strerror}); free some space, or give another folder"
+        ) from None
     return files
 
 

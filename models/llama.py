@@ -76,14 +76,8 @@ class Config:
 
     def num_params(self) -> int:
         """Returns the number of parameters."""
-        D, N, K, H, F = (
-            self.d_model,
-            self.num_heads,
-            self.num_kv_heads,
-            self.head_dim,
-            self.d_ff,
-        )
-        block = 2 * D * N * H + 2 * D * K * H + 3 * D * F + 2 * D
+        D, N, K, H = self.d_model, self.num_heads, self.num_kv_heads, self.head_dim
+        block = self._matrices() + 2 * D
         block += (N + 2 * K) * H * self.qkv_bias + 2 * H * self.qk_norm
         return (
             (1 if self.tie_embeddings else 2) * self.vocab_size * D
@@ -93,18 +87,14 @@ class Config:
 
     def flops_per_token(self, seq_len: int) -> float:
         """Returns model FLOPs of forward and backward for one token, attention counted causally."""
-        D, N, K, H, F = (
-            self.d_model,
-            self.num_heads,
-            self.num_kv_heads,
-            self.head_dim,
-            self.d_ff,
-        )
-        matmul = (
-            self.num_layers * (2 * D * N * H + 2 * D * K * H + 3 * D * F)
-            + self.vocab_size * D
-        )
-        return 6.0 * matmul + 6.0 * self.num_layers * seq_len * N * H
+        matmul = self.num_layers * self._matrices() + self.vocab_size * self.d_model
+        heads = self.num_heads * self.head_dim
+        return 6.0 * matmul + 6.0 * self.num_layers * seq_len * heads
+
+    def _matrices(self) -> int:
+        """Returns the number of weights that a token is multiplied by in one block."""
+        heads = 2 * (self.num_heads + self.num_kv_heads) * self.head_dim
+        return self.d_model * (heads + 3 * self.d_ff)
 
 
 LLAMA2_7B = Config()

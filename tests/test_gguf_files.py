@@ -134,10 +134,10 @@ def test_tokenizer_is_the_files(tmp_path: Path) -> None:
     from tokenizers import Tokenizer
 
     found = read_gguf(write(tmp_path / "model.gguf", weights()))
-    tokenizer = Tokenizer.from_str(found.tokenizer)
+    tokenizer = Tokenizer.from_str(found.tokenizer["tokenizer.json"])
     assert tokenizer.encode("ab a<|end|>b").ids == [3, 5, 0, 2]
     assert tokenizer.decode([3, 5, 2]) == "ab ab"
-    settings = found.tokenizer_settings
+    settings = json.loads(found.tokenizer["tokenizer_config.json"])
     assert (settings["eos_token"], settings["chat_template"]) == (
         "<|end|>",
         "{{ messages }}",
@@ -149,7 +149,10 @@ def test_each_way_to_split_words_is_a_tokenizer(tmp_path: Path, pre: str) -> Non
     from tokenizers import Tokenizer
 
     found = read_gguf(write(tmp_path / "model.gguf", weights(), pre=pre))
-    assert Tokenizer.from_str(found.tokenizer).encode("ab a").ids == [3, 5]
+    assert Tokenizer.from_str(found.tokenizer["tokenizer.json"]).encode("ab a").ids == [
+        3,
+        5,
+    ]
 
 
 @pytest.mark.parametrize(

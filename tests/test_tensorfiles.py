@@ -148,6 +148,14 @@ def test_model_that_is_there_stays(tmp_path: Path) -> None:
         write_folder(tmp_path, infos(TENSORS), shard_bytes=10**6)
 
 
+def test_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        ConfigError, match=r"cannot be written \(Not a directory\); free"
+    ):
+        write_folder(tmp_path / "file" / "x", infos(TENSORS), shard_bytes=10**6)
+
+
 def test_full_disk_leaves_no_half_file(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", "1m") as disk:
         if disk is None:

@@ -11,8 +11,7 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import NamedSharding, PartitionSpec as P
 
 from jaxspeed.config import ConfigError
 from jaxspeed.ledger import read_ledger, read_partitioned

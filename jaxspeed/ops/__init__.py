@@ -5,15 +5,10 @@ from jaxspeed.ops.attention import attention as attention
 from jaxspeed.ops.cross_entropy import fused_cross_entropy as fused_cross_entropy
 from jaxspeed.ops.embedding import embed as embed
 from jaxspeed.ops.linear import linear as linear
-from jaxspeed.ops.norm import layer_norm as layer_norm
-from jaxspeed.ops.norm import rms_norm as rms_norm
+from jaxspeed.ops.norm import layer_norm as layer_norm, rms_norm as rms_norm
 from jaxspeed.ops.pointwise import (
     dropout as dropout,
-)
-from jaxspeed.ops.pointwise import (
     gelu as gelu,
-)
-from jaxspeed.ops.pointwise import (
     silu_gate as silu_gate,
 )
 from jaxspeed.ops.rope import rotate as rotate

@@ -170,8 +170,6 @@ def _cudnn(q: Array, k: Array, v: Array, segment_ids: Array | None) -> Array:
 def _splash(q: Array, k: Array, v: Array, segment_ids: Array | None) -> Array:
     from jax.experimental.pallas.ops.tpu.splash_attention import (
         splash_attention_kernel as kernel,
-    )
-    from jax.experimental.pallas.ops.tpu.splash_attention import (
         splash_attention_mask as masks,
     )
 

@@ -20,8 +20,8 @@ from jaxspeed.data import (
     build_tokenizer,
     load_tokenizer,
     open_corpus,
+    tokenize as module,
 )
-from jaxspeed.data import tokenize as module
 from jaxspeed.data.tokenize import train_bpe
 
 
