@@ -16,6 +16,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxspeed.cache import Cache
+
 
 @dataclass(frozen=True)
 class Ambient:
@@ -35,6 +37,8 @@ class Ambient:
     """Size of the tensor axis; 1 makes sharding constraints vanish."""
     dropout_key: jax.Array | None = None
     """None: no dropout."""
+    cache: Cache | None = None
+    """What the model keeps between tokens, while it writes text; None: it does not."""
 
 
 _CURRENT: contextvars.ContextVar[Ambient] = contextvars.ContextVar(

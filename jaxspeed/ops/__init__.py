@@ -11,4 +11,5 @@ from jaxspeed.ops.pointwise import (
     gelu as gelu,
     silu_gate as silu_gate,
 )
+from jaxspeed.ops.remember import remember as remember
 from jaxspeed.ops.rope import rotate as rotate

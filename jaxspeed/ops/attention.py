@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Causal self-attention over packed documents, by the fastest kernel that device, dtype and shape allow."""
+"""Attention over packed documents, by the fastest kernel that device, dtype, shape and pattern allow.
+
+While a model writes text (`jaxspeed.cache`), causal attention reads the keys and values of the
+tokens before from the cache and adds its own; a model file does not know which it is.
+"""
 
 import functools
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +17,29 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from jaxspeed.ambient import current
+from jaxspeed.cache import Cache
 from jaxspeed.config import ConfigError
-from jaxspeed.ops.cpu_attention import cpu_attention
+from jaxspeed.ops.cpu_attention import HIDDEN_SCORE, cpu_attention
+from jaxspeed.sharding import shard
 
 
 logger = logging.getLogger(__name__)
+
+Bias = Callable[[Int[Array, "T S"]], Float[Array, "N T S"]]
+"""What is added to the scores, from how far each key lies behind its query (key - query, in tokens)."""
+
+
+class Form(NamedTuple):
+    """Which queries read which keys, and how scores are made: all of attention that is static."""
+
+    causal: bool = True
+    """Keys after the query are hidden."""
+    window: int = 0
+    """Keys that a query reads, itself included; 0: all."""
+    biased: bool = False
+    """Something is added to the scores."""
+    crossed: bool = False
+    """Keys belong to another sequence than queries."""
 
 
 def attention(
@@ -25,8 +47,14 @@ def attention(
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K H"],
     segment_ids: Int[Array, "B T"] | None = None,
+    *,
+    key_segment_ids: Int[Array, "B S"] | None = None,
+    causal: bool = True,
+    window: int = 0,
+    bias: Bias | None = None,
+    scale: float | None = None,
 ) -> Float[Array, "B T N H"]:
-    """Returns softmax(q k^T / sqrt(H)) v over earlier positions of the same segment.
+    """Returns softmax(scale q k^T + bias) v over the keys of the same segment, the earlier ones if causal.
 
     Grouped-query attention where K < N: query head n reads key head n // (N / K). Reference:
     arXiv 1706.03762 eq. 1, arXiv 2305.13245. A padding position (segment 0) attends to padding.
@@ -36,24 +64,116 @@ def attention(
         k: keys.
         v: values.
         segment_ids: document of each token in the row; None: one document.
+        key_segment_ids: the same for keys of another sequence (an encoder's); None: the queries' own.
+        causal: hide keys after the query.
+        window: hide keys that lie this many tokens or more before the query; 0: none.
+        bias: from distances to what is added to the scores (T5's relative positions).
+        scale: of the scores; None: 1 / sqrt(H).
     """
     settings = current()
+    if settings.cache is not None and causal:
+        return _cached(settings.cache, q, k, v, segment_ids, window, bias, scale)
+    crossed = key_segment_ids is not None or q.shape[1] != k.shape[1]
+    form = Form(causal, window, bias is not None, crossed)
+    if form.crossed:
+        segment_ids = _ones(q) if segment_ids is None else segment_ids
+        key_segment_ids = _ones(k) if key_segment_ids is None else key_segment_ids
+    added = None if bias is None else bias(_distances(q.shape[1], k.shape[1]))
+    return _by_kernel(q, k, v, segment_ids, key_segment_ids, form, added, scale)
+
+
+def _by_kernel(
+    q: Array,
+    k: Array,
+    v: Array,
+    segment_ids: Array | None,
+    key_segment_ids: Array | None,
+    form: Form,
+    bias: Array | None,
+    scale: float | None,
+) -> Array:
+    settings = current()
     chosen, _ = choose_attention(
-        settings.attention,
-        settings.platform,
-        settings.compute,
-        q.shape,
+        settings.attention, settings.platform, settings.compute, q.shape, form
     )
+    if scale is not None:  # the kernels divide by sqrt(H)
+        q = q * (scale * q.shape[-1] ** 0.5)
     if chosen != "cpu":  # which casts and names its own, in the layout that it reads
         q, k, v = (
             checkpoint_name(x.astype(settings.compute), name)
             for x, name in ((q, "q"), (k, "k"), (v, "v"))
         )
-    kernel = _KERNELS[chosen]
+    kernel = functools.partial(_KERNELS[chosen], form=form)
     if settings.tensor > 1 and chosen in ("splash", "cudnn"):
         kernel = _over_tensor(kernel, settings.tensor, q.shape[2], k.shape[2])
-    out = kernel(q, k, v, segment_ids)
+    out = kernel(q, k, v, segment_ids, key_segment_ids, bias)
     return checkpoint_name(out.astype(settings.activations), "attended")
+
+
+def _cached(
+    cache: Cache,
+    q: Array,
+    k: Array,
+    v: Array,
+    segment_ids: Array | None,
+    window: int,
+    bias: Bias | None,
+    scale: float | None,
+) -> Array:
+    """Returns attention over the tokens in the cache and these, which it keeps there.
+
+    Keys and values lie (B, K, S, H): as the products of a single query read them.
+    """
+    settings = current()
+    # XLA's CPU backend updates no 16-bit floats in place (jaxlib 0.10): there they are
+    # rounded and kept wide.
+    wide = settings.platform == "cpu"
+    kept_dtype = jnp.float32 if wide else settings.compute
+
+    def turned(x: Array) -> Array:
+        x = x.astype(settings.compute).astype(kept_dtype).swapaxes(1, 2)
+        return shard(x, "batch", "kv_heads", "seq", "head_dim")
+
+    T, before = q.shape[1], cache.take()
+    if before is None:
+        room = [(0, 0), (0, 0), (0, cache.size - T), (0, 0)]
+        cache.keep(tuple(jnp.pad(turned(x), room) for x in (k, v)))
+        form = Form(True, window, bias is not None)
+        added = None if bias is None else bias(_distances(T, T))
+        return _by_kernel(q, k, v, segment_ids, None, form, added, scale)
+    keys, values = (
+        jax.lax.dynamic_update_slice_in_dim(old, turned(new), cache.start, 2)
+        for old, new in zip(before, (k, v), strict=True)
+    )
+    cache.keep((keys, values))
+    B, _, N, H = q.shape
+    K, S = keys.shape[1], keys.shape[2]
+    distance = _distances(T, S) - cache.start
+    seen = distance <= 0
+    if window:
+        seen &= distance > -window
+    q = (q * (H**-0.5 if scale is None else scale)).astype(settings.compute)
+    q = q.astype(kept_dtype).reshape(B, T, K, N // K, H)
+    scores = jnp.einsum(
+        "BTKGH,BKSH->BKGTS", q, keys, preferred_element_type=jnp.float32
+    )
+    if bias is not None:
+        scores += bias(distance).reshape(1, K, N // K, T, S)
+    hidden = ~(seen[None] & cache.visible[:, None])
+    scores = jnp.where(hidden[:, None, None], HIDDEN_SCORE, scores)
+    weights = jax.nn.softmax(scores, -1).astype(settings.compute).astype(kept_dtype)
+    out = jnp.einsum(
+        "BKGTS,BKSH->BTKGH", weights, values, preferred_element_type=jnp.float32
+    )
+    return out.reshape(B, T, N, H).astype(settings.activations)
+
+
+def _distances(queries: int, keys: int) -> Int[Array, "T S"]:
+    return jnp.arange(keys)[None] - jnp.arange(queries)[:, None]
+
+
+def _ones(x: Array) -> Int[Array, "B T"]:
+    return jnp.ones(x.shape[:2], jnp.int32)
 
 
 @functools.cache
@@ -62,14 +182,15 @@ def choose_attention(
     platform: str,
     compute: Any,
     q_shape: tuple[int, ...],
+    form: Form = Form(),  # noqa: B008 - it is immutable
 ) -> tuple[str, str]:
-    """Returns (kernel, why) for this device, dtype and shape; says so once in the log.
+    """Returns (kernel, why) for this device, dtype, shape and form; says so once in the log.
 
     Raises:
         ConfigError: the kernel asked for cannot run here.
     """
     refusals = {
-        name: refuse(platform, jnp.dtype(compute).name, q_shape)
+        name: refuse(platform, jnp.dtype(compute).name, q_shape, form)
         for name, refuse in _REFUSALS.items()
     }
     if asked != "auto":
@@ -98,43 +219,51 @@ def _over_tensor(
         )
     heads = P(None, None, "tensor", None)
 
-    def run(q: Array, k: Array, v: Array, segment_ids: Array | None) -> Array:
+    def run(q: Array, k: Array, v: Array, *others: Array | None) -> Array:
         return jax.shard_map(
             kernel,
-            in_specs=(heads, heads, heads, P()),
+            in_specs=(heads, heads, heads, P(), P(), P("tensor")),
             out_specs=heads,
             axis_names={"tensor"},
             check_vma=False,
-        )(q, k, v, segment_ids)
+        )(q, k, v, *others)
 
     return run
 
 
-def _refuse_splash(platform: str, dtype: str, q_shape: tuple[int, ...]) -> str:
+def _refuse_splash(
+    platform: str, dtype: str, q_shape: tuple[int, ...], form: Form
+) -> str:
     if platform != "tpu":
         return "needs a TPU"
     if q_shape[1] % 128:
         return f"needs a sequence that divides by 128, not {q_shape[1]}"
     if q_shape[3] % 64:
         return f"needs a head_dim that divides by 64, not {q_shape[3]}"
-    return ""
+    return _refuse_all_but_causal(form)
 
 
-def _refuse_cudnn(platform: str, dtype: str, q_shape: tuple[int, ...]) -> str:
+def _refuse_cudnn(
+    platform: str, dtype: str, q_shape: tuple[int, ...], form: Form
+) -> str:
     if platform != "gpu":
         return "needs an NVIDIA GPU"
     if dtype == "float32":
         return "needs bfloat16 or float16"
     if q_shape[3] % 8 or q_shape[3] > 128:
         return f"needs a head_dim of at most 128 that divides by 8, not {q_shape[3]}"
-    return ""
+    return _refuse_all_but_causal(form)
 
 
-def _refuse_cpu(platform: str, dtype: str, q_shape: tuple[int, ...]) -> str:
-    return "" if platform == "cpu" else "is for CPUs"
+def _refuse_cpu(platform: str, dtype: str, q_shape: tuple[int, ...], form: Form) -> str:
+    return _refuse_all_but_causal(form) if platform == "cpu" else "is for CPUs"
 
 
-def _refuse_xla(platform: str, dtype: str, q_shape: tuple[int, ...]) -> str:
+def _refuse_all_but_causal(form: Form) -> str:
+    return "" if form == Form() else "does causal self-attention only"
+
+
+def _refuse_xla(platform: str, dtype: str, q_shape: tuple[int, ...], form: Form) -> str:
     wide = platform != "cpu" or dtype != "float16"
     return "" if wide else "has no float16 products on a CPU"
 
@@ -147,27 +276,63 @@ _REFUSALS = {
 }
 
 
-def _mask(segment_ids: Array | None) -> Array | None:
-    return (
-        None
-        if segment_ids is None
-        else (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
-    )
+def _mask(segment_ids: Array | None, key_segment_ids: Array | None) -> Array | None:
+    if segment_ids is None:
+        return None
+    keys = segment_ids if key_segment_ids is None else key_segment_ids
+    return (segment_ids[:, :, None] == keys[:, None, :])[:, None]
 
 
-def _xla(q: Array, k: Array, v: Array, segment_ids: Array | None) -> Array:
+def _xla(
+    q: Array,
+    k: Array,
+    v: Array,
+    segment_ids: Array | None,
+    key_segment_ids: Array | None,
+    bias: Array | None,
+    *,
+    form: Form,
+    implementation: Any = "xla",
+) -> Array:
+    # Behind the query; a window of 1 is the token itself.
+    window = (form.window - 1, 0 if form.causal else form.window - 1)
     return jax.nn.dot_product_attention(
-        q, k, v, mask=_mask(segment_ids), is_causal=True, implementation="xla"
+        q,
+        k,
+        v,
+        None if bias is None else bias[None],
+        _mask(segment_ids, key_segment_ids),
+        is_causal=form.causal,
+        local_window_size=window if form.window else None,
+        implementation=implementation,
     )
 
 
-def _cudnn(q: Array, k: Array, v: Array, segment_ids: Array | None) -> Array:
-    return jax.nn.dot_product_attention(
-        q, k, v, mask=_mask(segment_ids), is_causal=True, implementation="cudnn"
-    )
+def _cpu(
+    q: Array,
+    k: Array,
+    v: Array,
+    segment_ids: Array | None,
+    key_segment_ids: Array | None,
+    bias: Array | None,
+    *,
+    form: Form,
+) -> Array:
+    del key_segment_ids, bias, form
+    return cpu_attention(q, k, v, segment_ids)
 
 
-def _splash(q: Array, k: Array, v: Array, segment_ids: Array | None) -> Array:
+def _splash(
+    q: Array,
+    k: Array,
+    v: Array,
+    segment_ids: Array | None,
+    key_segment_ids: Array | None = None,
+    bias: Array | None = None,
+    *,
+    form: Form,
+) -> Array:
+    del key_segment_ids, bias, form
     from jax.experimental.pallas.ops.tpu.splash_attention import (
         splash_attention_kernel as kernel,
         splash_attention_mask as masks,
@@ -190,4 +355,9 @@ def _splash(q: Array, k: Array, v: Array, segment_ids: Array | None) -> Array:
     return attended.swapaxes(1, 2)
 
 
-_KERNELS = {"splash": _splash, "cudnn": _cudnn, "cpu": cpu_attention, "xla": _xla}
+_KERNELS: dict[str, Callable[..., Array]] = {
+    "splash": _splash,
+    "cudnn": functools.partial(_xla, implementation="cudnn"),
+    "cpu": _cpu,
+    "xla": _xla,
+}

@@ -12,7 +12,7 @@ import pytest
 from jaxspeed.ambient import ambient
 from jaxspeed.config import ConfigError
 from jaxspeed.ops import attention
-from jaxspeed.ops.attention import _REFUSALS, _splash, choose_attention
+from jaxspeed.ops.attention import _REFUSALS, Form, _splash, choose_attention
 
 
 RNG = np.random.default_rng(0)
@@ -30,7 +30,7 @@ SEGMENTS = {
 KERNELS = [
     name
     for name, refuse in _REFUSALS.items()
-    if not refuse("cpu", "float32", (B, T, N, H))
+    if not refuse("cpu", "float32", (B, T, N, H), Form())
 ]
 HEADS = {"multi-head": 4, "grouped": 2, "multi-query": 1}
 
@@ -224,7 +224,7 @@ def test_splash_kernel_lowers_for_a_tpu(packed: bool, num_kv_heads: int) -> None
     ids = jax.ShapeDtypeStruct((2, 256), jnp.int32) if packed else None
 
     def loss(q: Any, k: Any, v: Any, ids: Any) -> jax.Array:
-        return jnp.sum(_splash(q, k, v, ids).astype(jnp.float32))
+        return jnp.sum(_splash(q, k, v, ids, form=Form()).astype(jnp.float32))
 
     traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(
         shape(4), shape(num_kv_heads), shape(num_kv_heads), ids
