@@ -31,14 +31,16 @@ def fused_cross_entropy(
     embedding: Float[Array, "V D"],
     targets: Int[Array, "B T"],
     mask: Bool[Array, "B T"] | None = None,
+    bias: Float[Array, " V"] | None = None,
 ) -> Sums:
-    """Returns the summed -log softmax(hidden @ embedding.T)[target] over masked-in tokens, and their number.
+    """Returns the summed -log softmax(hidden @ embedding.T + bias)[target] over masked-in tokens, and their number.
 
     Args:
         hidden: last hidden states.
         embedding: output embedding.
         targets: next tokens, in [0, V).
         mask: which targets count; None counts all.
+        bias: of the logits.
     """
     d_model, tokens = hidden.shape[-1], targets.size
     weights = (
@@ -57,6 +59,7 @@ def fused_cross_entropy(
         current().compute,
         split(hidden.reshape(-1, d_model)),
         embedding,
+        bias,
         split(targets.reshape(-1)),
         split(weights),
     )
@@ -71,51 +74,68 @@ def _chunk_tokens(tokens: int) -> int:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _summed_loss(
-    compute: Any, hidden: Array, embedding: Array, targets: Array, weights: Array
+    compute: Any,
+    hidden: Array,
+    embedding: Array,
+    bias: Array | None,
+    targets: Array,
+    weights: Array,
 ) -> Array:
     table = embedding.astype(compute)
 
     def add(total: Array, chunk: tuple[Array, Array, Array]) -> tuple[Array, None]:
         h, t, m = chunk
-        return total + _loss_and_shifted(h.astype(compute), table, t, m)[0], None
+        return total + _loss_and_shifted(h.astype(compute), table, bias, t, m)[0], None
 
     return jax.lax.scan(add, jnp.zeros((), jnp.float32), (hidden, targets, weights))[0]
 
 
 def _summed_loss_fwd(
-    compute: Any, hidden: Array, embedding: Array, targets: Array, weights: Array
-) -> tuple[Array, tuple[Array, Array]]:
+    compute: Any,
+    hidden: Array,
+    embedding: Array,
+    bias: Array | None,
+    targets: Array,
+    weights: Array,
+) -> tuple[Array, tuple[Array, Array, Array | None]]:
     table = embedding.astype(compute)
     packed = pack(table).dtype == jnp.uint16
     rows = dot_rows if packed else functools.partial(dot, contracting=(0, 0))
 
     def add(
-        carry: tuple[Array, Array], chunk: tuple[Array, Array, Array]
-    ) -> tuple[tuple[Array, Array], Array]:
-        total, d_table = carry
+        carry: tuple[Array, Array, Array | None], chunk: tuple[Array, Array, Array]
+    ) -> tuple[tuple[Array, Array, Array | None], Array]:
+        total, d_table, d_bias = carry
         h, t, m = chunk
         h = h.astype(compute)
-        loss, exps, norm = _loss_and_shifted(h, table, t, m)
+        loss, exps, norm = _loss_and_shifted(h, table, bias, t, m)
         hit = t[:, None] == jnp.arange(table.shape[0])[None]
-        d_logits = (
-            exps * (m / norm)[:, None] - jnp.where(hit, m[:, None], 0.0)
-        ).astype(compute)
+        d_logits = exps * (m / norm)[:, None] - jnp.where(hit, m[:, None], 0.0)
+        d_bias = None if d_bias is None else d_bias + jnp.sum(d_logits, 0)
+        d_logits = d_logits.astype(compute)
         d_hidden = dot(d_logits, table, (1, 0)).astype(hidden.dtype)
-        return (total + loss, d_table + rows(h, d_logits)), d_hidden
+        return (total + loss, d_table + rows(h, d_logits), d_bias), d_hidden
 
     # (D, V), not (V, D): the small operand is the one to be turned.
-    zero = (jnp.zeros((), jnp.float32), jnp.zeros(table.shape[::-1], jnp.float32))
-    (total, d_table), d_hidden = jax.lax.scan(add, zero, (hidden, targets, weights))
-    return total, (d_hidden, d_table.T)
+    zero = (
+        jnp.zeros((), jnp.float32),
+        jnp.zeros(table.shape[::-1], jnp.float32),
+        None if bias is None else jnp.zeros(bias.shape, jnp.float32),
+    )
+    (total, d_table, d_bias), d_hidden = jax.lax.scan(
+        add, zero, (hidden, targets, weights)
+    )
+    return total, (d_hidden, d_table.T, d_bias)
 
 
 def _summed_loss_bwd(
-    compute: Any, residuals: tuple[Array, Array], g: Array
-) -> tuple[Array, Array, None, None]:
-    d_hidden, d_table = residuals
+    compute: Any, residuals: tuple[Array, Array, Array | None], g: Array
+) -> tuple[Array, Array, Array | None, None, None]:
+    d_hidden, d_table, d_bias = residuals
     return (
         (d_hidden.astype(jnp.float32) * g).astype(d_hidden.dtype),
         d_table * g,
+        None if d_bias is None else d_bias * g,
         None,
         None,
     )
@@ -125,10 +145,11 @@ _summed_loss.defvjp(_summed_loss_fwd, _summed_loss_bwd)
 
 
 def _loss_and_shifted(
-    h: Array, table: Array, targets: Array, weights: Array
+    h: Array, table: Array, bias: Array | None, targets: Array, weights: Array
 ) -> tuple[Array, Array, Array]:
     """Returns a chunk's summed loss, exp(logits - max) and the rows' sums of those."""
     logits = dot(h, table, (1, 1))
+    logits = logits if bias is None else logits + bias.astype(jnp.float32)[None]
     top = jnp.max(logits, -1)
     exps = jnp.exp(logits - top[:, None])
     norm = jnp.sum(exps, -1)

@@ -171,3 +171,24 @@ def test_logits_of_the_whole_batch_never_exist(
     memory = f.lower(hidden, table).compile().memory_analysis()
     assert memory is not None
     assert memory.temp_size_in_bytes < size
+
+
+def test_bias_is_added_to_the_logits() -> None:
+    hidden, table, targets = arrays()
+    mask, bias = MASKS["ragged"], jnp.asarray(RNG.normal(size=V), jnp.float32)
+
+    def loss(hidden: Any, table: Any, bias: Any) -> Any:
+        return fused_cross_entropy(hidden, table, targets, mask, bias).total
+
+    def plain(hidden: Any, table: Any, bias: Any) -> Any:
+        logps = jax.nn.log_softmax(hidden @ table.T + bias[None, None])
+        chosen = jnp.take_along_axis(logps, targets[..., None], -1)[..., 0]
+        return -jnp.sum(chosen * mask)
+
+    both = (jax.value_and_grad(f, argnums=(0, 1, 2)) for f in (loss, plain))
+    ours, theirs = (f(hidden, table, bias) for f in both)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),
+        ours,
+        theirs,
+    )
