@@ -1,36 +1,55 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a source of text is, and what the sources of this package share.
+"""What a source is, and what the sources of this package share.
 
-A source has a length and gives document i as a string. Nothing here knows a format.
+A source has a length and gives item i: a document as a string, or a record with several
+fields as a dict. Nothing here knows a format.
 """
 
 import contextlib
 import os
 import tempfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, Protocol, runtime_checkable
+from typing import (
+    Any,
+    BinaryIO,
+    Generic,
+    NamedTuple,
+    Protocol,
+    TypeVar,
+    runtime_checkable,
+)
 
 import numpy as np
 
 from jaxspeed.config import ConfigError, config_error, suggest
 
 
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
+
+
 @runtime_checkable
-class Source(Protocol):
-    """Documents by index."""
+class Source(Protocol[T_co]):
+    """Documents or records by index."""
 
     name: str
     """What the configuration calls it."""
     num_bytes: int
-    """UTF-8 bytes of text; where only reading all would tell, an estimate."""
+    """UTF-8 bytes of documents (where only reading all would tell, an estimate); of records, as they are stored."""
     fingerprint: int
-    """Changes when the documents or their order do."""
+    """Changes when the items or their order do."""
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> str: ...
+    def __getitem__(self, index: int) -> T_co: ...
+
+
+Record = dict[str, Any]
+"""A record's fields: strings, numbers, NumPy arrays, lists, and dicts of those."""
+
+RecordSource = Source[Record]
 
 
 class Origin(NamedTuple):
@@ -39,6 +58,8 @@ class Origin(NamedTuple):
     field: str
     value: str
     file: Path | None = None
+    fields: str = "data.text_field"
+    """The setting that names what is read of each record."""
 
     def error(self, why: str, change: str) -> ConfigError:
         """Returns the one-line error."""
@@ -47,17 +68,17 @@ class Origin(NamedTuple):
         return config_error(self.field, self.value, why, change)
 
     def no_field(self, what: str, field: str, known: list[str]) -> ConfigError:
-        """Returns the error for text under another name, with the names there are."""
+        """Returns the error for a field under another name, with the names there are."""
         return self.error(
             f"{what} {field!r}, only {known}",
-            f"set data.text_field to one of them.{suggest(field, known)}",
+            f"set {self.fields} to one of them.{suggest(field, known)}",
         )
 
 
-class Joined:
+class Joined(Generic[T]):
     """Several sources one after the other."""
 
-    def __init__(self, name: str, parts: list[Source]):
+    def __init__(self, name: str, parts: Sequence[Source[T]]):
         self.name = name
         self.num_bytes = sum(part.num_bytes for part in parts)
         self.fingerprint = combine(part.fingerprint for part in parts)
@@ -67,7 +88,7 @@ class Joined:
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    def __getitem__(self, index: int) -> str:
+    def __getitem__(self, index: int) -> T:
         part = int(np.searchsorted(self._starts, index, side="right")) - 1
         return self._parts[part][index - int(self._starts[part])]
 

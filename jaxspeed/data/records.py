@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""array_record files and TFDS sets as documents, without TensorFlow.
+"""array_record files and TFDS sets, without TensorFlow.
 
 TFDS finds, prepares and decodes its sets itself. What it wrote as tfrecord only
 TensorFlow can read, and is refused. Every file is opened once at the start, so that a
@@ -10,16 +10,16 @@ import contextlib
 import io
 import logging
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic
 
 import grain
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
 from jaxspeed.config import suggest
-from jaxspeed.data.documents import Origin, Source, combine, first_line, unwritable
+from jaxspeed.data.documents import Origin, Source, T, combine, first_line, unwritable
 
 
 _logger = logging.getLogger(__name__)
@@ -27,30 +27,46 @@ _logger = logging.getLogger(__name__)
 BUNDLED = "shakespeare"
 TFDS_PREFIX = "tfds:"
 
+Splits = Mapping[str, Any]
+"""The splits of a TFDS set: for each name its records by index."""
+
 _FORMAT = "array_record"
 _SAMPLED = 1024
 
 
-class Records:
-    """Records, plain or TFDS examples, decoded to text when asked for."""
+class Records(Generic[T]):
+    """Records, plain or TFDS examples, decoded when asked for.
 
-    def __init__(self, origin: Origin, records: Any, decode: Callable[[Any], str]):
+    Args:
+        origin: what they are, for errors.
+        records: by index.
+        decode: gives what a record stands for.
+        measure: gives the bytes that an item counts for.
+    """
+
+    def __init__(
+        self,
+        origin: Origin,
+        records: Any,
+        decode: Callable[[Any], T],
+        measure: Callable[[T], bytes],
+    ):
         self.name = origin.value
         self._origin = origin
         self._records = records
         self._decode = decode
-        # A spread of documents stands for all, so that a large set opens at once.
+        # A spread of records stands for all, so that a large set opens at once.
         count = len(records)
         sample = np.linspace(0, count - 1, min(count, _SAMPLED), dtype=int).tolist()
-        texts = [self[index].encode() for index in sample]
-        size = sum(len(text) for text in texts)
-        self.num_bytes = round(size * count / max(len(texts), 1))
-        self.fingerprint = combine([count, *map(zlib.crc32, texts)])
+        found = [measure(self[index]) for index in sample]
+        size = sum(map(len, found))
+        self.num_bytes = round(size * count / max(len(found), 1))
+        self.fingerprint = combine([count, *map(zlib.crc32, found)])
 
     def __len__(self) -> int:
         return len(self._records)
 
-    def __getitem__(self, index: int) -> str:
+    def __getitem__(self, index: int) -> T:
         try:
             return self._decode(self._records[index])
         except UnicodeDecodeError as err:
@@ -61,25 +77,25 @@ class Records:
             raise self._origin.error(why, "write the files again") from err
 
 
-def open_array_records(origin: Origin, files: list[Path]) -> Source:
-    """Opens files whose records are UTF-8 text.
+def open_array_records(origin: Origin, file: Path) -> Source[str]:
+    """Opens a file whose records are UTF-8 text.
 
     Raises:
         ConfigError: truncated or not text.
     """
-    for file in files:
-        _check(origin._replace(file=file), file, None)
-    records: Any = grain.sources.ArrayRecordDataSource([str(file) for file in files])
+    origin = origin._replace(file=file)
+    _check(origin, file, None)
+    records: Any = grain.sources.ArrayRecordDataSource([str(file)])
     if len(records) and _looks_like_example(records[0]):
         raise origin.error(
             "the records are TFDS examples without a dataset_info.json beside them",
             "give the folder that TFDS wrote",
         )
-    return Records(origin, records, bytes.decode)
+    return Records(origin, records, bytes.decode, str.encode)
 
 
-def open_bundled(origin: Origin, cache_dir: Path) -> tuple[Source, Source | None]:
-    """Opens the bundled text, which is prepared first if it is not there.
+def bundled_splits(cache_dir: Path) -> Splits:
+    """Returns the bundled text, which is prepared first if it is not there.
 
     Raises:
         ConfigError: `cache_dir` cannot be written.
@@ -87,24 +103,21 @@ def open_bundled(origin: Origin, cache_dir: Path) -> tuple[Source, Source | None
     from jaxspeed.data import shakespeare
 
     try:
-        with _quiet():
+        with quiet():
             root = shakespeare.prepare(cache_dir / "tfds")
     except OSError as err:
         raise unwritable(cache_dir, err) from err
-    return _open_prepared(origin, shakespeare.NAME, "text", root)
+    return _prepared_splits(shakespeare.NAME, root)
 
 
-def open_tfds(
-    origin: Origin, text_field: str, cache_dir: Path
-) -> tuple[Source, Source | None]:
-    """Opens a set by its TFDS name; downloads and prepares it if it is not there.
+def tfds_splits(origin: Origin, name: str, cache_dir: Path) -> Splits:
+    """Returns a set by its TFDS name; downloads and prepares it if it is not there.
 
     Raises:
         ConfigError: no such set, or it cannot be prepared here.
     """
     import tensorflow_datasets as tfds
 
-    name = origin.value.removeprefix(TFDS_PREFIX)
     data_dir = cache_dir / "tfds"
     try:
         root = _find_or_prepare(name, data_dir)
@@ -117,27 +130,51 @@ def open_tfds(
         why = f"TFDS cannot prepare it here ({type(err).__name__}: {first_line(err)})"
         change = f"prepare it elsewhere as array_record and copy it to {data_dir}"
         raise origin.error(why, change) from err
-    return _open_prepared(origin, name, text_field, root)
+    return _prepared_splits(name, root)
 
 
-def open_tfds_folder(
-    origin: Origin, folder: Path, text_field: str
-) -> tuple[Source, Source | None]:
-    """Opens the folder of a prepared set: the one with dataset_info.json in it.
+def folder_splits(origin: Origin, folder: Path) -> Splits:
+    """Returns the set whose folder this is: the one with dataset_info.json in it.
 
     Raises:
-        ConfigError: prepared in another format, truncated, or without such a text.
+        ConfigError: prepared in another format.
     """
     import tensorflow_datasets as tfds
 
-    with _quiet():
+    with quiet():
         builder = tfds.builder_from_directory(folder)
     written = builder.info.file_format
     if written is None or written.value != _FORMAT:
         found = written.value if written else "nothing"
         why = f"the set was prepared as {found}, which needs TensorFlow"
         raise origin.error(why, f"prepare it again with file_format={_FORMAT!r}")
-    return _choose_splits(origin, builder.as_data_source(), text_field)
+    splits = builder.as_data_source()
+    assert isinstance(splits, dict)
+    return splits
+
+
+def open_texts(origin: Origin, records: Any, text_field: str) -> Source[str]:
+    """Opens a split of a set as documents.
+
+    Raises:
+        ConfigError: truncated, or without such a text.
+    """
+    import tensorflow_datasets as tfds
+
+    features = records.dataset_info.features
+    texts = [k for k, v in features.items() if isinstance(v, tfds.features.Text)]
+    if text_field not in texts:
+        raise origin.no_field("the set has no text feature", text_field, texts)
+    check_shards(origin, records)
+    decode = lambda record: record[text_field].decode()
+    return Records(origin, records, decode, str.encode)
+
+
+def check_shards(origin: Origin, records: Any) -> None:
+    """Raises if a file of a split is not whole."""
+    shards = records.dataset_info.splits[records.split]
+    for file, count in zip(shards.filepaths, shards.shard_lengths, strict=True):
+        _check(origin._replace(file=Path(file)), Path(file), count)
 
 
 def _check(origin: Origin, file: Path, expected: int | None) -> None:
@@ -173,7 +210,7 @@ def _find_or_prepare(name: str, data_dir: Path) -> Path | None:
     unprepared = missing = None
     for root in (data_dir, None):
         try:
-            with _quiet():
+            with quiet():
                 builder = tfds.builder(name, data_dir=root, file_format=_FORMAT)
                 if builder.is_prepared():
                     return root
@@ -189,51 +226,21 @@ def _find_or_prepare(name: str, data_dir: Path) -> Path | None:
     return data_dir
 
 
-def _open_prepared(
-    origin: Origin, name: str, text_field: str, root: Path | None
-) -> tuple[Source, Source | None]:
+def _prepared_splits(name: str, root: Path | None) -> Splits:
     import tensorflow_datasets as tfds
 
     kwargs = {"file_format": _FORMAT}
-    with _quiet():
+    with quiet():
         splits = tfds.data_source(
             name, data_dir=root, download=False, builder_kwargs=kwargs
         )
-    return _choose_splits(origin, splits, text_field)
-
-
-def _choose_splits(
-    origin: Origin, splits: Any, text_field: str
-) -> tuple[Source, Source | None]:
-    if "train" not in splits:
-        why = f"the set has no train split, only {list(splits)}"
-        raise origin.error(why, "give another set")
-    train = _open_split(origin, splits["train"], "train", text_field)
-    held_out = next((name for name in ("validation", "valid") if name in splits), None)
-    if held_out is None:
-        return train, None
-    return train, _open_split(origin, splits[held_out], held_out, text_field)
-
-
-def _open_split(origin: Origin, records: Any, split: str, text_field: str) -> Source:
-    import tensorflow_datasets as tfds
-
-    info = records.dataset_info
-    texts = [k for k, v in info.features.items() if isinstance(v, tfds.features.Text)]
-    if text_field not in texts:
-        raise origin.no_field("the set has no text feature", text_field, texts)
-    shards = info.splits[split]
-    for file, count in zip(shards.filepaths, shards.shard_lengths, strict=True):
-        _check(origin._replace(file=Path(file)), Path(file), count)
-    source = Records(origin, records, lambda record: record[text_field].decode())
-    if not len(source):
-        raise origin.error(f"the {split} split is empty", "give another set")
-    return source
+    assert isinstance(splits, dict)
+    return splits
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps what TFDS says about sets that are not there yet off the terminal."""
+def quiet() -> Iterator[None]:
+    """Keeps what TFDS says, about sets that are not there yet for one, off the terminal."""
     from absl import logging as absl_logging
 
     before = absl_logging.get_verbosity()

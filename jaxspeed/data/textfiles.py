@@ -17,13 +17,13 @@ import zlib
 from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, Generic, NamedTuple
 
 import numpy as np
 from jaxtyping import Int64
 
 from jaxspeed.config import ConfigError
-from jaxspeed.data.documents import Origin, atomic, first_line, unwritable
+from jaxspeed.data.documents import Origin, Record, T, atomic, first_line, unwritable
 
 
 _logger = logging.getLogger(__name__)
@@ -46,12 +46,10 @@ class FileIndex(NamedTuple):
     crc: int
 
 
-class FileDocuments:
+class FileItems(Generic[T]):
     """Ranges of a file, read when asked for."""
 
-    def __init__(
-        self, origin: Origin, index: FileIndex, decode: Callable[[bytes], str]
-    ):
+    def __init__(self, origin: Origin, index: FileIndex, decode: Callable[[bytes], T]):
         self.name = origin.value
         self.num_bytes = index.num_bytes
         self.fingerprint = index.crc
@@ -63,20 +61,20 @@ class FileDocuments:
     def __len__(self) -> int:
         return len(self._ranges)
 
-    def __getitem__(self, index: int) -> str:
+    def __getitem__(self, index: int) -> T:
         begin, end = self._ranges[index].tolist()
         try:
             return self._decode(_read_range(self._path, begin, end))
         except (OSError, EOFError, ValueError, KeyError, TypeError) as err:
             raise self._origin.error(
-                f"changed while it was in use (document {index}: {first_line(err)})",
+                f"changed while it was in use (item {index}: {first_line(err)})",
                 "leave data alone during a run, and start again",
             ) from err
 
 
 def open_text_file(
     origin: Origin, kind: str, text_field: str, cache_dir: Path
-) -> FileDocuments:
+) -> FileItems[str]:
     """Checks and indexes `origin.file`, a file of one of `TEXT_KINDS`.
 
     Raises:
@@ -85,13 +83,13 @@ def open_text_file(
     assert origin.file is not None
     if kind == ".parquet":
         index = _parquet_index(origin, origin.file, text_field, cache_dir)
-        return FileDocuments(origin, index, bytes.decode)
+        return FileItems(origin, index, bytes.decode)
     if kind == ".txt":
         build, decode = _index_text, _decode_text
     else:
         build, decode = _json_indexer(text_field), _json_decoder(text_field)
-    index = _cached_index(origin, origin.file, f"{kind}/{text_field}", build, cache_dir)
-    return FileDocuments(origin, index, decode)
+    index = cached_index(origin, origin.file, f"{kind}/{text_field}", build, cache_dir)
+    return FileItems(origin, index, decode)
 
 
 def _read_range(path: Path, begin: int, end: int) -> bytes:
@@ -110,17 +108,25 @@ def _read_range(path: Path, begin: int, end: int) -> bytes:
         os.close(handle)
 
 
-def _cached_index(
+def cached_index(
     origin: Origin,
     file: Path,
     kind: str,
     build: Callable[[Origin, Path], FileIndex],
     cache_dir: Path,
 ) -> FileIndex:
-    """Builds a file's index; a big file's is kept in the cache."""
+    """Returns a file's index; a big file's is kept in the cache.
+
+    Args:
+        origin: of the file, for errors.
+        file: what is indexed.
+        kind: how it is read, as a part of the key.
+        build: makes the index.
+        cache_dir: where indices are kept.
+    """
     if file.stat().st_size < _CACHED_FROM:
         return build(origin, file)
-    kept = _cache_key(file, kind, cache_dir).with_suffix(".npy")
+    kept = cache_key(file, kind, cache_dir).with_suffix(".npy")
     if (known := _load_index(kept, file)) is not None:
         return known
     index = build(origin, file)
@@ -131,7 +137,8 @@ def _cached_index(
     return index
 
 
-def _cache_key(file: Path, kind: str, cache_dir: Path) -> Path:
+def cache_key(file: Path, kind: str, cache_dir: Path) -> Path:
+    """Returns a path in the cache for what is made of a file that is read in this way."""
     stat = file.stat()
     key = f"{_INDEX_VERSION}|{file.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{kind}"
     name = hashlib.blake2b(key.encode(), digest_size=12).hexdigest()
@@ -246,17 +253,37 @@ def _cut(buffer: bytes, begin: int, target: int, last: bool) -> int | None:
 # .jsonl -------------------------------------------------------------------------------
 
 
-def _json_decoder(text_field: str) -> Callable[[bytes], str]:
-    def decode(line: bytes) -> str:
-        text = json.loads(line.decode("utf-8-sig"))[text_field]
-        if not isinstance(text, str):
-            raise ValueError("there is no text now")
-        return _clean(text)
+def index_json_lines(
+    origin: Origin, file: Path, measure: Callable[[str, Record, bytes], int]
+) -> FileIndex:
+    """Checks a file of one JSON object per line, and finds its lines.
 
-    return decode
+    Args:
+        origin: of the file, for errors.
+        file: the file.
+        measure: given where a line is, its object and the line, returns the bytes it
+            counts for, 0 to leave it out, or raises what is wrong with it.
+
+    Raises:
+        ConfigError: a line is not UTF-8, not JSON, not an object, or not as measured.
+    """
+    ranges = array("q")
+    crc, end, num_bytes = 0, 0, 0
+    with open(file, "rb") as stream:
+        for number, line in enumerate(stream, 1):
+            crc = zlib.crc32(line, crc)
+            begin, end = end, end + len(line)
+            if not line.strip():
+                continue
+            record = _json_object(origin, line, number, begin)
+            if size := measure(f"line {number}", record, line):
+                ranges.extend((begin, end))
+                num_bytes += size
+    rows = np.frombuffer(ranges, np.int64).reshape(-1, 2)
+    return FileIndex(file, rows, num_bytes, crc)
 
 
-def _clean(text: str) -> str:
+def whole_characters(text: str) -> str:
     """Returns the text with each half of a surrogate pair as U+FFFD."""
     if text.isascii():
         return text
@@ -267,38 +294,42 @@ def _clean(text: str) -> str:
     return text
 
 
+def _json_decoder(text_field: str) -> Callable[[bytes], str]:
+    def decode(line: bytes) -> str:
+        text = json.loads(line.decode("utf-8-sig"))[text_field]
+        if not isinstance(text, str):
+            raise ValueError("there is no text now")
+        return whole_characters(text)
+
+    return decode
+
+
 def _json_indexer(text_field: str) -> Callable[[Origin, Path], FileIndex]:
     def build(origin: Origin, file: Path) -> FileIndex:
-        ranges = array("q")
-        crc, end, num_bytes, broken = 0, 0, 0, 0
-        with open(file, "rb") as stream:
-            for number, line in enumerate(stream, 1):
-                crc = zlib.crc32(line, crc)
-                begin, end = end, end + len(line)
-                if not line.strip():
-                    continue
-                raw = _json_text(origin, line, number, begin, text_field)
-                text = _clean(raw)
-                broken += text is not raw
-                if text:
-                    ranges.extend((begin, end))
-                    num_bytes += len(text) if text.isascii() else len(text.encode())
+        broken = 0
+
+        def measure(where: str, record: Record, line: bytes) -> int:
+            nonlocal broken
+            del line
+            raw = _json_text(origin, record, where, text_field)
+            text = whole_characters(raw)
+            broken += text is not raw
+            return len(text) if text.isascii() else len(text.encode())
+
+        index = index_json_lines(origin, file, measure)
         if broken:
             _logger.warning(
                 "%s: %d documents hold half a surrogate pair, read as U+FFFD",
                 file,
                 broken,
             )
-        rows = np.frombuffer(ranges, np.int64).reshape(-1, 2)
-        return FileIndex(file, rows, num_bytes, crc)
+        return index
 
     return build
 
 
-def _json_text(
-    origin: Origin, line: bytes, number: int, begin: int, text_field: str
-) -> str:
-    """Returns the text of one JSON line, or raises what is wrong with it."""
+def _json_object(origin: Origin, line: bytes, number: int, begin: int) -> Record:
+    """Returns the object of one JSON line, or raises what is wrong with it."""
     where = f"line {number}"
     try:
         record = json.loads(line.decode("utf-8-sig"))
@@ -315,12 +346,17 @@ def _json_text(
     if not isinstance(record, dict):
         why = f"{where} is a {type(record).__name__}, not an object"
         raise origin.error(why, "give one JSON object per line")
+    return record
+
+
+def _json_text(origin: Origin, record: Record, where: str, text_field: str) -> str:
+    """Returns the text of a JSON object; null is the empty text."""
     if text_field not in record:
         raise origin.no_field(f"{where} has no field", text_field, list(record))
     text = record[text_field]
     if text is not None and not isinstance(text, str):
         why = f"field {text_field!r} of {where} is a {type(text).__name__}, not text"
-        raise origin.error(why, "set data.text_field to a field of text")
+        raise origin.error(why, f"set {origin.fields} to a field of text")
     return text or ""
 
 
@@ -331,7 +367,7 @@ def _parquet_index(
     origin: Origin, file: Path, text_field: str, cache_dir: Path
 ) -> FileIndex:
     """Unpacks the text column into the cache once; a row cannot be read alone."""
-    kept = _cache_key(file, f"parquet/{text_field}", cache_dir).with_suffix(".npy")
+    kept = cache_key(file, f"parquet/{text_field}", cache_dir).with_suffix(".npy")
     text = kept.with_suffix(".txt")
     known = _load_index(kept, text)
     if known and text.exists() and text.stat().st_size == known.num_bytes:
@@ -392,5 +428,5 @@ def _parquet_text(origin: Origin, value: Any, row: int, text_field: str) -> byte
         raise origin.error(why, "write the column as UTF-8 text") from err
     if text is not None and not isinstance(text, str):
         why = f"column {text_field!r} holds {value.type}, not text"
-        raise origin.error(why, "set data.text_field to a column of text")
+        raise origin.error(why, f"set {origin.fields} to a column of text")
     return (text or "").encode()

@@ -12,7 +12,7 @@ from pyarrow import parquet
 
 from jaxspeed.config import ConfigError
 from jaxspeed.data.documents import Source
-from jaxspeed.data.sources import files_of, open_source
+from jaxspeed.data.sources import files_of, open_source, text_reader
 
 
 Texts = Callable[[Source], list[str]]
@@ -57,7 +57,8 @@ def test_folder_gives_every_file_in_order(
     wanted = ["from text", "from parquet", "from json", "from records"]
     assert texts(source) == wanted
     assert source.num_bytes == sum(map(len, wanted))
-    assert len(files_of(str(tmp_path / "data"))) == 5
+    reader = text_reader("text", tmp_path / "cache")
+    assert len(files_of(str(tmp_path / "data"), reader)) == 5
 
 
 def test_folder_may_hold_more_files_than_a_process_may_open(
@@ -96,7 +97,10 @@ def test_error_in_a_folder_names_the_file(
         ("missing.txt", "no such file or folder; give a file"),
         ("noos.txt", r"no such file or folder; .* Did you mean 'nous.txt'\?"),
         ("shakespear", r"no such file or folder; .* Did you mean 'shakespeare'\?"),
-        ("picture.png", "what kind of file it is, its name does not say; name it .txt"),
+        (
+            "picture.png",
+            "its name does not say that it is a kind of file .*; give .txt,",
+        ),
         ("nothing", "the folder holds no .txt, .jsonl, .parquet or .array_record file"),
         ("blank", "holds no text; give a file that is not empty"),
     ],
@@ -113,6 +117,33 @@ def test_path_that_gives_nothing_is_named(
     with pytest.raises(ConfigError, match=message) as caught:
         opened(tmp_path / path)
     assert str(caught.value).startswith(f"data.path='{tmp_path}/{path}'")
+
+
+def test_folder_with_a_train_file_has_splits(
+    tmp_path: Path, opened: Callable[..., Source], texts: Texts
+) -> None:
+    names = "train-00000-of-00002.txt train-00001-of-00002.txt test.txt dev-v1.1.txt"
+    for name in names.split():
+        (tmp_path / name).write_text(name)
+    source, held_out = open_source(
+        str(tmp_path), field="data.path", text_field="text", cache_dir=tmp_path
+    )
+    assert texts(source) == names.split()[:2]
+    assert held_out is not None
+    assert texts(held_out) == ["dev-v1.1.txt"]
+    assert texts(opened(f"{tmp_path}#test")) == ["test.txt"]
+    with pytest.raises(ConfigError, match=r"no tset split, .* Did you mean 'test'\?"):
+        opened(f"{tmp_path}#tset")
+    (tmp_path / "other.txt").write_text("x")
+    with pytest.raises(ConfigError, match=r"other\.txt does not say in which split"):
+        opened(tmp_path)
+
+
+def test_path_may_hold_a_number_sign(
+    tmp_path: Path, opened: Callable[..., Source], texts: Texts
+) -> None:
+    (tmp_path / "a#b.txt").write_text("x")
+    assert texts(opened(tmp_path / "a#b.txt")) == ["x"]
 
 
 def test_empty_path_is_not_the_working_directory(opened: Callable[..., Source]) -> None:
