@@ -9,12 +9,19 @@ devices. Layer 0: standard library only. ADR 0002.
 """
 
 import dataclasses
-import difflib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import UnionType
-from typing import Any, Generic, Literal, TypeVar, get_args, get_origin
+from typing import Any, Generic, Literal, TypeVar, get_args
+
+from jaxspeed.checks import (
+    ConfigError,
+    check_types,
+    config_error,
+    positive,
+    reject_unread,
+    suggest as suggest,
+)
 
 
 M = TypeVar("M")
@@ -24,67 +31,6 @@ MESH_AXES = ("data", "fsdp", "tensor")
 
 BATCH_AXES = ("data", "fsdp")
 """The axes a batch is split over. `fsdp` also shards the model state; `data` replicates it."""
-
-
-class ConfigError(ValueError):
-    """A setting that cannot be: one line with field, value, why, and what to change."""
-
-
-def config_error(where: str, value: object, why: str, change: str) -> ConfigError:
-    """Returns the one-line error `where=value: why; change`."""
-    return ConfigError(f"{where}={value!r}: {why}; {change}")
-
-
-def suggest(name: str, known: Iterable[str]) -> str:
-    """Returns " Did you mean 'x'?" for the closest known name, or an empty string."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f" Did you mean {close[0]!r}?" if close else ""
-
-
-def _check_types(config: Any, where: str) -> None:
-    """Raises if a value is not what its field's annotation says: nothing else checks a recipe."""
-    for f in dataclasses.fields(config):
-        name, value = f"{where}.{f.name}".lstrip("."), getattr(config, f.name)
-        if get_origin(f.type) is Literal:
-            legal = get_args(f.type)
-            if not any(
-                value == choice and type(value) is type(choice) for choice in legal
-            ):
-                raise ConfigError(
-                    f"{name}={value!r}: unknown; give one of {list(legal)}.{suggest(str(value), map(str, legal))}"
-                )
-        elif not isinstance(f.type, TypeVar) and not _is_of_type(value, f.type):
-            wanted = (
-                f.type.__name__
-                if isinstance(f.type, type) and not get_args(f.type)
-                else str(f.type)
-            )
-            change = (
-                f"write ({value!r},)"
-                if get_origin(f.type) is tuple and isinstance(value, str)
-                else f"give {wanted}"
-            )
-            raise config_error(
-                name, value, f"{type(value).__name__} where {wanted} is due", change
-            )
-
-
-def _is_of_type(value: Any, annotation: Any) -> bool:
-    if get_origin(annotation) is tuple:
-        return isinstance(value, tuple) and all(
-            _is_of_type(item, get_args(annotation)[0]) for item in value
-        )
-    if isinstance(annotation, UnionType):
-        return any(_is_of_type(value, choice) for choice in get_args(annotation))
-    if annotation is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    return type(value) is int if annotation is int else isinstance(value, annotation)
-
-
-def _positive(where: str, value: float, *, allow_zero: bool = False) -> None:
-    if not math.isfinite(value) or value < 0 or (value == 0 and not allow_zero):
-        bound = ">= 0" if allow_zero else "> 0"
-        raise config_error(where, value, f"must be {bound}", f"give a number {bound}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +45,7 @@ class MeshConfig:
     """Shards of each matrix product (Megatron's tensor parallelism)."""
 
     def __post_init__(self) -> None:
-        _check_types(self, "mesh")
+        check_types(self, "mesh")
         sizes = {axis: getattr(self, axis) for axis in MESH_AXES}
         for axis, size in sizes.items():
             if size == 0 or size < -1:
@@ -152,8 +98,8 @@ class ZeroConfig:
     """At stage 3, a parameter with fewer elements (per layer) is gathered once per step, not layer by layer. DeepSpeed: stage3_param_persistence_threshold (default 100,000)."""
 
     def __post_init__(self) -> None:
-        _check_types(self, "zero")
-        _positive(
+        check_types(self, "zero")
+        positive(
             "zero.param_persistence_threshold",
             self.param_persistence_threshold,
             allow_zero=True,
@@ -172,7 +118,7 @@ class DTypeConfig:
     """Gradients on the wire. DeepSpeed: communication_data_type."""
 
     def __post_init__(self) -> None:
-        _check_types(self, "dtype")
+        check_types(self, "dtype")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,11 +139,11 @@ class LossScaleConfig:
     """An overflow at this scale ends the run. DeepSpeed: fp16.min_loss_scale."""
 
     def __post_init__(self) -> None:
-        _check_types(self, "loss_scale")
-        _positive("loss_scale.static", self.static, allow_zero=True)
-        _positive("loss_scale.window", self.window)
-        _positive("loss_scale.hysteresis", self.hysteresis)
-        _positive("loss_scale.minimum", self.minimum)
+        check_types(self, "loss_scale")
+        positive("loss_scale.static", self.static, allow_zero=True)
+        positive("loss_scale.window", self.window)
+        positive("loss_scale.hysteresis", self.hysteresis)
+        positive("loss_scale.minimum", self.minimum)
         if not 0 <= self.initial_power <= 32:
             raise config_error(
                 "loss_scale.initial_power",
@@ -262,7 +208,7 @@ class OptimConfig:
     """Newton-Schulz iterations of muon."""
 
     def __post_init__(self) -> None:
-        _check_types(self, "optim")
+        check_types(self, "optim")
         for name in (
             "lr",
             "weight_decay",
@@ -272,8 +218,8 @@ class OptimConfig:
             "min_coeff",
             "max_coeff",
         ):
-            _positive(f"optim.{name}", getattr(self, name), allow_zero=True)
-        _positive("optim.ns_steps", self.ns_steps)
+            positive(f"optim.{name}", getattr(self, name), allow_zero=True)
+        positive("optim.ns_steps", self.ns_steps)
         for name in ("b1", "b2", "momentum"):
             if not 0 <= getattr(self, name) < 1:
                 raise config_error(
@@ -283,7 +229,7 @@ class OptimConfig:
                     "give 0 <= value < 1",
                 )
         always = {"name", "lr", "weight_decay", "decay", "clip_norm"}
-        _reject_unread(self, "optim", always | OPTIMIZER_FIELDS[self.name])
+        reject_unread(self, "optim", always, OPTIMIZER_FIELDS)
 
 
 ScheduleName = Literal[
@@ -383,12 +329,12 @@ class ScheduleConfig:
     """DeepSpeed: lr_range_test_staircase."""
 
     def __post_init__(self) -> None:
-        _check_types(self, "schedule")
+        check_types(self, "schedule")
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
             if isinstance(value, (int, float)) and not isinstance(value, bool):
-                _positive(f"schedule.{f.name}", value, allow_zero=True)
-        _reject_unread(self, "schedule", {"name"} | SCHEDULE_FIELDS[self.name])
+                positive(f"schedule.{f.name}", value, allow_zero=True)
+        reject_unread(self, "schedule", {"name"}, SCHEDULE_FIELDS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -417,7 +363,7 @@ class DataConfig:
     """Batches prepared ahead of the devices."""
 
     def __post_init__(self) -> None:
-        _check_types(self, "data")
+        check_types(self, "data")
         if not self.path:
             raise config_error(
                 "data.path",
@@ -433,7 +379,7 @@ class DataConfig:
                 "give one weight per path, or none",
             )
         for weight in self.weights:
-            _positive("data.weights", weight)
+            positive("data.weights", weight)
         if not 0 < self.eval_fraction < 1:
             raise config_error(
                 "data.eval_fraction",
@@ -441,7 +387,7 @@ class DataConfig:
                 "a share lies between 0 and 1",
                 "give for instance 0.05",
             )
-        _positive("data.prefetch", self.prefetch)
+        positive("data.prefetch", self.prefetch)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -456,9 +402,9 @@ class CheckpointConfig:
     """Write in the background while training goes on."""
 
     def __post_init__(self) -> None:
-        _check_types(self, "checkpoint")
-        _positive("checkpoint.every", self.every, allow_zero=True)
-        _positive("checkpoint.keep", self.keep, allow_zero=True)
+        check_types(self, "checkpoint")
+        positive("checkpoint.every", self.every, allow_zero=True)
+        positive("checkpoint.keep", self.keep, allow_zero=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -477,9 +423,134 @@ class EvalConfig:
     """Of the sample; 0 is greedy."""
 
     def __post_init__(self) -> None:
-        _check_types(self, "eval")
+        check_types(self, "eval")
         for name in ("every", "batches", "sample_tokens", "temperature"):
-            _positive(f"eval.{name}", getattr(self, name), allow_zero=True)
+            positive(f"eval.{name}", getattr(self, name), allow_zero=True)
+
+
+TaskName = Literal[
+    "lm",
+    "masked_lm",
+    "span_corruption",
+    "sft",
+    "classification",
+    "token_classification",
+    "question_answering",
+    "seq2seq",
+    "speech",
+    "image_qa",
+]
+
+_RECORDS = frozenset({"input_fields", "target_field", "buckets", "pool_batches"})
+_WRITTEN = frozenset({"metrics", "decoder_prompt"})
+
+TASK_FIELDS: Mapping[str, frozenset[str]] = {
+    "lm": frozenset(),
+    "masked_lm": frozenset({"mask_rate", "whole_word"}),
+    "span_corruption": frozenset({"mask_rate", "mean_span"}),
+    "sft": frozenset(
+        {"input_fields", "target_field", "prefix", "max_target_len", "metrics"}
+    ),
+    "classification": _RECORDS | {"labels", "prefix"},
+    "token_classification": _RECORDS | {"labels"},
+    "question_answering": _RECORDS | {"stride", "max_answer_len"},
+    "seq2seq": _RECORDS | _WRITTEN | {"prefix", "max_target_len"},
+    "speech": _RECORDS | _WRITTEN | {"sample_rate"},
+    "image_qa": _RECORDS | {"metrics", "prefix"},
+}
+"""What each task reads of `TaskConfig`."""
+
+TASK_COLUMNS: Mapping[str, tuple[tuple[str, ...], str]] = {
+    "sft": (("prompt",), "completion"),
+    "classification": (("text",), "label"),
+    "token_classification": (("tokens",), "tags"),
+    "question_answering": (("question", "context"), "answers"),
+    "seq2seq": (("source",), "target"),
+    "speech": (("speech",), "text"),
+    "image_qa": (("image", "question"), "answer"),
+}
+"""Fields of a record that hold a task's inputs and its target, unless the configuration names others."""
+
+TASK_METRICS: Mapping[str, tuple[str, ...]] = {
+    "sft": ("exact_match",),
+    "seq2seq": ("bleu", "chrf"),
+    "speech": ("wer",),
+    "image_qa": ("exact_match",),
+}
+"""What is measured of written answers, unless the configuration names others."""
+
+TASK_SETTINGS: Mapping[str, frozenset[str]] = {
+    "data.text_field": frozenset({"lm", "masked_lm", "span_corruption"}),
+    "data.document_mask": frozenset({"lm", "masked_lm", "span_corruption", "sft"}),
+    "eval.sample_tokens": frozenset({"lm"}),
+    "eval.prompt": frozenset({"lm"}),
+    "eval.temperature": frozenset({"lm"}),
+}
+"""Which tasks read these settings of other sections; all tasks read those that are not here."""  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskConfig:
+    """What is learnt from the data. A field that the chosen task does not read must keep its default.
+
+    seq_len is the length of a row of tokens: of the text (lm, masked_lm, span_corruption,
+    classification, token_classification), of prompt and answer (sft, image_qa), of question and
+    passage (question_answering), of the source (seq2seq), of the transcript (speech).
+    """
+
+    name: TaskName = "lm"
+    """lm: the next token. masked_lm: masked tokens (BERT). span_corruption: missing spans (T5). sft: the answer to a prompt. seq2seq: a text from a text. The others by their names; docs/tasks.md has them all."""
+    input_fields: tuple[str, ...] = ()
+    """Fields of a record that hold the input; classification takes one text or two. Empty: the task's usual names (docs/tasks.md)."""
+    target_field: str = ""
+    """Field that holds the target; empty: the task's usual name."""
+    labels: tuple[str, ...] = ()
+    """Names of the classes in the order of their numbers, where the data holds names; for numbers they are optional."""
+    prefix: str = ""
+    """Text before each input, as in "summarize: "."""
+    max_target_len: int = 128
+    """Most tokens of a target, and of what is written in an evaluation; longer targets are cut, which is said once."""
+    stride: int = 128
+    """Tokens that neighbouring windows of a long passage share."""
+    max_answer_len: int = 30
+    """Most tokens of an extracted answer."""
+    mask_rate: float = 0.15
+    """Share of the tokens that is hidden."""
+    whole_word: bool = False
+    """Hide whole words, not parts of them."""
+    mean_span: float = 3.0
+    """Mean length of a hidden span, in tokens."""
+    decoder_prompt: str = ""
+    """Special tokens that the decoder starts with; empty: what the tokenizer itself puts before a text, or its padding token."""
+    sample_rate: int = 0
+    """Samples per second of sound that does not tell its own rate; 0: it is the model's."""
+    metrics: tuple[Literal["exact_match", "bleu", "chrf", "rouge", "wer"], ...] = ()
+    """How written answers are compared with the targets; empty: the task's usual."""
+    buckets: tuple[int, ...] = ()
+    """Lengths that rows are padded to, besides seq_len; the step is compiled once for each."""
+    pool_batches: int = 16
+    """Batches that are sorted by length together, where there are buckets."""
+
+    def __post_init__(self) -> None:
+        check_types(self, "task")
+        for name in ("max_target_len", "max_answer_len", "mean_span", "pool_batches"):
+            positive(f"task.{name}", getattr(self, name))
+        for name in ("stride", "sample_rate"):
+            positive(f"task.{name}", getattr(self, name), allow_zero=True)
+        if not 0 < self.mask_rate < 1:
+            why = "a share lies between 0 and 1"
+            raise config_error("task.mask_rate", self.mask_rate, why, "give 0.15, say")
+        if self.mean_span < 1:
+            why = "a span has a token at least"
+            raise config_error("task.mean_span", self.mean_span, why, "give 3, say")
+        if (
+            list(self.buckets) != sorted(set(self.buckets))
+            or min(self.buckets, default=1) < 1
+        ):
+            raise config_error(
+                "task.buckets", self.buckets, "lengths ascend from 1", "sort them"
+            )
+        reject_unread(self, "task", {"name"}, TASK_FIELDS)
 
 
 RematPolicy = Literal["none", "full", "dots", "attention"]
@@ -517,6 +588,8 @@ class RunConfig(Generic[M]):
     """Learning rate over time."""
     data: DataConfig = field(default_factory=DataConfig)
     """Text and tokens."""
+    task: TaskConfig = field(default_factory=TaskConfig)
+    """What is learnt from it."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """Saving."""
     eval: EvalConfig = field(default_factory=EvalConfig)
@@ -547,13 +620,13 @@ class RunConfig(Generic[M]):
     """This process, 0 to num_processes - 1, with coordinator."""
 
     def __post_init__(self) -> None:
-        _check_types(self, "")
+        check_types(self, "")
         for name in ("steps", "seq_len", "log_every"):
-            _positive(name, getattr(self, name))
+            positive(name, getattr(self, name))
         for name in ("global_batch_size", "micro_batch_size", "accumulate"):
             if getattr(self, name) is not None:
-                _positive(name, getattr(self, name))
-        _positive("virtual_devices", self.virtual_devices, allow_zero=True)
+                positive(name, getattr(self, name))
+        positive("virtual_devices", self.virtual_devices, allow_zero=True)
 
     def validate(self, device_count: int) -> "BatchShape":
         """Checks the classes against each other and against the devices; returns the batch sizes.
@@ -587,12 +660,32 @@ class RunConfig(Generic[M]):
                 f"there are num_processes={self.num_processes}",
                 f"give 0 to {self.num_processes - 1}",
             )
+        self._validate_task()
         return resolve_batch(
             self.global_batch_size,
             self.micro_batch_size,
             self.accumulate,
             math.prod(sizes[axis] for axis in BATCH_AXES),
         )
+
+    def _validate_task(self) -> None:
+        name = self.task.name
+        for setting, tasks in TASK_SETTINGS.items():
+            section, _, leaf = setting.partition(".")
+            config = getattr(self, section)
+            default = getattr(type(config), leaf)
+            if name not in tasks and getattr(config, leaf) != default:
+                raise ConfigError(
+                    f"{setting}={getattr(config, leaf)!r} has no effect with task.name={name!r} "
+                    f"(it is read by {', '.join(sorted(tasks))}); remove it or change task.name"
+                )
+        if self.task.buckets and self.task.buckets[-1] >= self.seq_len:
+            raise config_error(
+                "task.buckets",
+                self.task.buckets,
+                f"rows of seq_len={self.seq_len} are there anyway",
+                f"give lengths below {self.seq_len}",
+            )
 
 
 @dataclass(frozen=True)
@@ -646,21 +739,6 @@ def resolve_batch(
     if micro is not None:
         return BatchShape(global_size, micro, accumulate or rest, shards)
     return BatchShape(global_size, rest, accumulate or 1, shards)
-
-
-def _reject_unread(config: Any, where: str, read: set[str] | frozenset[str]) -> None:
-    """Raises if a field that `config.name` does not read differs from its default."""
-    for f in dataclasses.fields(config):
-        if f.name not in read and getattr(config, f.name) != f.default:
-            users = [
-                n
-                for n, fs in {**OPTIMIZER_FIELDS, **SCHEDULE_FIELDS}.items()
-                if f.name in fs
-            ]
-            raise ConfigError(
-                f"{where}.{f.name}={getattr(config, f.name)!r} has no effect with {where}.name={config.name!r} "
-                f"(it is read by {', '.join(users)}); remove it or change {where}.name"
-            )
 
 
 def to_dict(config: Any) -> dict[str, Any]:

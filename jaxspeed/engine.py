@@ -22,7 +22,6 @@ from jaxspeed import launch, nn
 from jaxspeed.checkpoint import Checkpointer
 from jaxspeed.config import ConfigError, RunConfig, ScheduleConfig, to_dict
 from jaxspeed.deepspeed_json import Answer, apply_deepspeed, load_deepspeed_json
-from jaxspeed.losses import next_token_loss
 from jaxspeed.program import Program, State, build_program, notices
 from jaxspeed.step import make_grad_fn
 from jaxspeed.types import LossFn, Params, TrainingError
@@ -37,7 +36,7 @@ def initialize(
     *,
     model: Any,
     config: str | Path | Mapping[str, Any] | RunConfig,
-    loss_fn: LossFn = next_token_loss,
+    loss_fn: LossFn | None = None,
     devices: Sequence[Any] | None = None,
     seed: int | None = None,
 ) -> "Engine":
@@ -47,7 +46,7 @@ def initialize(
         model: a family's Config (its parameters are made in their shards), a function
             `nnx.Rngs -> nnx.Module` or a class (likewise), or an nnx.Module (its parameters are copied).
         config: a DeepSpeed JSON (path or dict), or a RunConfig (`model` takes the place of its model).
-        loss_fn: `(model, batch) -> (sum, count)`; by default the next-token loss.
+        loss_fn: `(model, batch) -> (sum, count)`; by default that of the run's task, the next-token loss.
         devices: all by default.
         seed: of initialisation and dropout, with a DeepSpeed JSON (default 0); a RunConfig has its own.
 

@@ -17,7 +17,7 @@ import os
 import platform
 import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -30,23 +30,16 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 import jaxspeed
 from jaxspeed.checkpoint import Checkpointer
 from jaxspeed.config import ConfigError, RunConfig, config_error, diff, to_dict
-from jaxspeed.data import (
-    EvalSet,
-    Tokenizer,
-    build_tokenizer,
-    open_corpus,
-    train_iterator,
-)
 from jaxspeed.deepspeed_json import Answer, answers_table
 from jaxspeed.engine import first_nonfinite
-from jaxspeed.generate import sample_tokens
 from jaxspeed.ledger import Ledger, read_ledger
-from jaxspeed.metrics import MetricsWriter, bits_per_byte, perplexity
+from jaxspeed.metrics import MetricsWriter
 from jaxspeed.pretrained import read_params
 from jaxspeed.program import Program, State, build_program, notices
 from jaxspeed.progress import Progress, format_count
 from jaxspeed.report import add_sample, format_bytes, report_from_run, save_run
 from jaxspeed.state import bytes_per_device
+from jaxspeed.tasks import Evaluation, open_task
 from jaxspeed.types import TrainingError
 
 
@@ -96,15 +89,15 @@ class _Run:
         self.workdir = Path(run.workdir or f"runs/{name}").expanduser()
         self.began = time.strftime("%Y-%m-%d %H:%M:%S")
         self.program = build_program(run)
-        self.corpus = open_corpus(run.data)
+        self.task = open_task(run, self.program)
         self.checkpoints = Checkpointer(
             self.workdir / "checkpoints",
             keep=run.checkpoint.keep,
             asynchronous=run.checkpoint.asynchronous,
         )
-        self.tokens = self.evaluated = self.skipped = 0
+        self.seen = self.evaluated = self.skipped = 0
         self.saved: int | None = None
-        self.evaluation: dict[str, float] = {}
+        self.evaluation: Evaluation | None = None
         self.clock = _Clock()
 
     def fit(self) -> Result:
@@ -140,27 +133,11 @@ class _Run:
 
     def _claim(self, stack: contextlib.ExitStack) -> None:
         """Makes the run directory this run's, and opens what lies in it or is put there: tokenizer and data."""
-        run = self.run
         self.checkpoints.prepare()
         if jax.process_index() == 0:
             stack.enter_context(_locked(self.workdir))
-        self.tokenizer: Tokenizer = build_tokenizer(
-            run.data, self.corpus, vocab_size=run.model.vocab_size, workdir=self.workdir
-        )
-        index, count = self.program.process_rows
-        shared: dict[str, Any] = {
-            "seq_len": run.seq_len, "global_batch_size": self.program.batch.global_size, "process_index": index, "process_count": count,
-        }  # fmt: skip
-        self.data = train_iterator(
-            run.data, self.corpus, self.tokenizer, seed=run.seed, **shared
-        )
-        self.held_out = EvalSet(
-            cfg=run.data,
-            corpus=self.corpus,
-            tokenizer=self.tokenizer,
-            batches=run.eval.batches,
-            **shared,
-        )
+        self.task.prepare(self.workdir)
+        self.data = self.task.train_iterator()
 
     def _find_start(self) -> int:
         """Returns the step to begin behind: of the newest whole checkpoint, or 0."""
@@ -186,7 +163,7 @@ class _Run:
             self.progress.phase("reading the checkpoint")
             state, meta = self.checkpoints.restore(start, abstract, iterator=self.data)
             self.saved, self.skipped = start, int(state["skipped"])
-            self.tokens, self.evaluated = meta["tokens"], meta["evaluated"]
+            self.seen, self.evaluated = meta["tokens"], meta["evaluated"]
             return state
         self.progress.phase("initialising")
         state = self.program.init_state()
@@ -209,7 +186,7 @@ class _Run:
                 "or move the run directory away to begin again"
             )
 
-    def _compile(self, state: State) -> Any:
+    def _compile(self, state: State) -> "_Steps":
         """Returns the compiled step; writes what the report says of memory and collectives."""
         self.progress.phase("compiling")
         compiled = self.program.lower_step().compile()
@@ -221,7 +198,15 @@ class _Run:
                 self.workdir, title=self.name, config={"family": type(self.run.model).__module__, **to_dict(self.run)}, config_diff=diff(self.run),
                 memory=memory_rows(self.program, compiled), ledger=self.ledger.rows(), notes=self._notes(),
             )  # fmt: skip
-        return compiled
+        shapes = _shapes_of(self.program.abstract_batch())
+        return _Steps({shapes: compiled}, self._compile_for)
+
+    def _compile_for(self, batch: Mapping[str, Any]) -> jax.stages.Compiled:
+        """Returns the step for rows of another length than the longest."""
+        with self.clock.paused():
+            shape = batch["inputs"].shape
+            self.progress.print(f"compiling the step for inputs {shape}")
+            return self.program.lower_step_for(batch).compile()
 
     def _train(self, step_fn: Any, state: State, start: int) -> tuple[State, int]:
         """Runs updates until the end or a signal; returns the state and its step."""
@@ -265,20 +250,21 @@ class _Run:
             n: np.asarray(x).item() for n, x in metrics.items() if x.ndim == 0
         }
         exhausted = values.pop("train/scale_exhausted", False)
-        self.tokens += int(values.pop("train/tokens"))
+        del values["train/tokens"]
+        unit, amount = self.task.unit, self.task.batch_amount
+        self.seen += amount
         if exhausted or not (
             math.isfinite(values["train/loss"]) or "train/loss_scale" in values
         ):
             raise self._failure(step, values, state, rows)
         if values["train/skipped"] != self.skipped:
             self._tell_of_skipped(step, values)
-        values["data/tokens"] = self.tokens
+        values[f"data/{unit}"] = self.seen
         if step % self.run.log_every == 0 or step == self.run.steps:
             seconds = self.clock.per_step(step)
-            batch_tokens = self.program.batch.global_size * self.run.seq_len
             values |= {
                 "perf/step_seconds": seconds,
-                "perf/tokens_per_second": batch_tokens / seconds,
+                f"perf/{unit}_per_second": amount / seconds,
             }
             self.metrics.write(step, values)
         self.progress.update(step, values)
@@ -302,8 +288,8 @@ class _Run:
         then = {**state, "step": state["step"] * 0 + (step - 1)}
         leaf = first_nonfinite(self.program, then, rows)
         leaf = leaf or "none with the present parameters"
-        batch_tokens = self.program.batch.global_size * self.run.seq_len
-        position = f"data tokens {max(0, self.tokens - batch_tokens):,} to {self.tokens:,}; first non-finite gradient: {leaf}"
+        begin = max(0, self.seen - self.task.batch_amount)
+        position = f"data {self.task.unit} {begin:,} to {self.seen:,}; first non-finite gradient: {leaf}"
         kept = (
             f"the newest checkpoint is of step {self.saved}"
             if self.saved is not None
@@ -319,55 +305,25 @@ class _Run:
         )
 
     def _evaluate(self, state: State, step: int) -> None:
-        """Writes the held-out loss and a sample of what the model says; a signal ends it without either."""
+        """Writes what the model makes of the held-out data; a signal ends it without."""
         self.progress.phase("evaluating")
-        nats = targets = num_bytes = 0.0
-        for rows, size in self.held_out:
-            if self.stop.agreed():
-                return
-            sums = jax.device_get(
-                self.program.eval_step(
-                    state["params"], self.program.put_batch(rows, training=False)
-                )
-            )
-            nats, targets, num_bytes = (
-                nats + float(sums.total),
-                targets + float(sums.count),
-                num_bytes + size,
-            )
-        loss = nats / max(targets, 1.0)
-        bits = bits_per_byte(loss, num_tokens=targets, num_bytes=num_bytes)
-        self.evaluation = {
-            "eval/loss": loss,
-            "eval/perplexity": perplexity(loss),
-            "eval/bits_per_byte": bits,
-        }
-        self.metrics.write(step, self.evaluation)
-        self.progress.print(
-            f"step {step}: held-out loss {loss:.4f} nats/token, perplexity {self.evaluation['eval/perplexity']:.2f}, {bits:.3f} bits/byte"
+        evaluation = self.task.evaluate(
+            self.program, state["params"], step=step, stopped=self.stop.agreed
         )
-        if self.run.eval.sample_tokens:
-            self._sample(state, step)
-        self.evaluated = step
-
-    def _sample(self, state: State, step: int) -> None:
-        cfg = self.run.eval
-        prompt = self.tokenizer.encode(cfg.prompt)
-        if not len(prompt):
-            prompt = np.asarray([self.tokenizer.end_id], np.int32)
-        ids = sample_tokens(
-            self.program, state["params"], prompt, num_tokens=cfg.sample_tokens, temperature=cfg.temperature,
-            key=jax.random.fold_in(jax.random.key(self.run.seed), step),
-        )  # fmt: skip
-        text = self.tokenizer.decode(ids)
-        if jax.process_index() == 0:
-            add_sample(self.workdir, step, text)
-        self.progress.print(f"sample at step {step}:\n{text}\n")
+        if evaluation is None:
+            return
+        self.evaluation, self.evaluated = evaluation, step
+        self.metrics.write(step, evaluation.metrics)
+        self.progress.print(f"step {step}: {evaluation.summary}")
+        if evaluation.samples:
+            if jax.process_index() == 0:
+                add_sample(self.workdir, step, evaluation.samples)
+            self.progress.print(f"sample at step {step}:\n{evaluation.samples}\n")
 
     def _save(self, state: State, step: int) -> None:
         self.progress.phase("saving")
         meta = {
-            "tokens": self.tokens, "evaluated": self.evaluated, "model": to_dict(self.run.model), "mesh": dict(self.program.mesh.shape),
+            "tokens": self.seen, "evaluated": self.evaluated, "model": to_dict(self.run.model), "mesh": dict(self.program.mesh.shape),
             "version": jaxspeed.__version__,
         }  # fmt: skip
         self.checkpoints.save(step, state, iterator=self.data, meta=meta)
@@ -383,16 +339,14 @@ class _Run:
                 f"stopped by {signal.Signals(stopped_by).name} after step {step}: saved; the same command goes on from here"
             )
         elif self.evaluation:
-            bits = self.evaluation["eval/bits_per_byte"]
-            self.progress.print(
-                f"done: step {step}, held-out loss {self.evaluation['eval/loss']:.4f} nats/token ({bits * math.log(2):.4f} nats/byte)"
-            )
+            self.progress.print(f"done: step {step}, {self.evaluation.verdict}")
         else:
             self.progress.print(
                 f"already trained to step {step}; give a larger --steps, or another --workdir"
             )
         self.progress.print(f"report: {report}")
-        return Result(self.workdir, step, self.evaluation, stopped_by)
+        metrics = self.evaluation.metrics if self.evaluation else {}
+        return Result(self.workdir, step, metrics, stopped_by)
 
     def _introduce(self, start: int) -> None:
         """Tells what is about to run."""
@@ -417,8 +371,7 @@ class _Run:
         show(
             f"batch: {shape.global_size} sequences = {shape.micro_size} per device x {shape.shards} shards x {shape.accumulate} micro-steps, of {run.seq_len} tokens"
         )
-        show(f"data: {self.corpus.describe()}")
-        for line in notices(program):
+        for line in [*self.task.describe(), *notices(program)]:
             show(line)
         show(
             f"run directory: {self.workdir}"
@@ -504,6 +457,30 @@ class _Pending(NamedTuple):
     step: int
     rows: Mapping[str, np.ndarray]
     metrics: Mapping[str, jax.Array]
+
+
+class _Steps:
+    """The compiled step for each shape of a batch; those not known yet are compiled when they come up."""
+
+    def __init__(
+        self,
+        known: dict["_Shapes", Any],
+        compile_for: Callable[[Mapping[str, Any]], Any],
+    ) -> None:
+        self._known, self._compile_for = known, compile_for
+
+    def __call__(self, state: State, batch: Mapping[str, Any]) -> Any:
+        shapes = _shapes_of(batch)
+        if shapes not in self._known:
+            self._known[shapes] = self._compile_for(batch)
+        return self._known[shapes](state, batch)
+
+
+_Shapes = tuple[tuple[int, ...], ...]
+
+
+def _shapes_of(batch: Mapping[str, Any]) -> _Shapes:
+    return tuple(batch[name].shape for name in sorted(batch))
 
 
 class _Stop:

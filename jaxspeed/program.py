@@ -29,8 +29,8 @@ from jaxspeed.config import (
     RunConfig,
     config_error,
 )
-from jaxspeed.losses import next_token_loss
 from jaxspeed.mesh import build_mesh
+from jaxspeed.objectives import objective_of
 from jaxspeed.optim import make_optimizer
 from jaxspeed.schedules import make_schedule
 from jaxspeed.sharding import is_placement, place_all
@@ -99,33 +99,44 @@ class Program:
         return jax.jit(make_eval_fn(self.spec))
 
     def abstract_batch(
-        self,
-        names: Sequence[str] = (
-            "inputs",
-            "targets",
-            "mask",
-            "positions",
-            "segment_ids",
-        ),
+        self, names: Sequence[str] | None = None, *, length: int | None = None
     ) -> dict[str, jax.ShapeDtypeStruct]:
-        """Returns the shapes and shardings of a training batch with these leaves."""
-        shape = (
-            self.batch.accumulate,
-            self.batch.micro_size * self.batch.shards,
-            self.run.seq_len,
-        )
-        sharding = NamedSharding(self.mesh, P(None, BATCH_AXES))
+        """Returns the shapes and shardings of a training batch.
+
+        Args:
+            names: of the task's arrays; all by default.
+            length: of the rows, `run.seq_len` by default.
+        """
+        leaves = objective_of(self.run).leaves(self.run, length or self.run.seq_len)
+        rows = (self.batch.accumulate, self.batch.micro_size * self.batch.shards)
+        sharding = self._batch_shardings[True]
         return {
             n: jax.ShapeDtypeStruct(
-                shape, jnp.bool if n == "mask" else jnp.int32, sharding=sharding
+                rows + leaves[n].shape, leaves[n].dtype, sharding=sharding
             )
-            for n in names
+            for n in names or leaves
         }
 
-    def lower_step(self, names: Sequence[str] | None = None) -> jax.stages.Lowered:
-        """Returns the lowered train step; `.compile()` works for devices that are not there."""
-        batch = self.abstract_batch(names) if names else self.abstract_batch()
+    def lower_step(
+        self, names: Sequence[str] | None = None, *, length: int | None = None
+    ) -> jax.stages.Lowered:
+        """Returns the lowered train step; `.compile()` works for devices that are not there.
+
+        Args:
+            names: of the task's arrays in a batch; all by default.
+            length: of the rows, `run.seq_len` by default.
+        """
+        batch = self.abstract_batch(names, length=length)
         return self.train_step.lower(self.abstract_state, batch)
+
+    def lower_step_for(self, batch: Mapping[str, Any]) -> jax.stages.Lowered:
+        """Returns the lowered train step for a batch of these shapes: (A, B, ...)."""
+        sharding = self._batch_shardings[True]
+        shapes = {
+            n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+            for n, x in batch.items()
+        }
+        return self.train_step.lower(self.abstract_state, shapes)
 
     @functools.cached_property
     def process_rows(self) -> tuple[int, int]:
@@ -225,7 +236,7 @@ def build_program(
     run: RunConfig,
     *,
     make_model: Callable[[Any], Any] | None = None,
-    loss_fn: LossFn = next_token_loss,
+    loss_fn: LossFn | None = None,
     devices: Sequence[Any] | None = None,
     seq_len: int | None = None,
 ) -> Program:
@@ -234,7 +245,7 @@ def build_program(
     Args:
         run: the configuration.
         make_model: `nnx.Rngs -> model`, where it is not `run.model.build`.
-        loss_fn: what to minimise.
+        loss_fn: what to minimise, where it is not the loss of `run.task`.
         devices: to run (or only compile) on; all devices by default.
         seq_len: tokens per sequence, where it is not `run.seq_len`.
 
@@ -274,7 +285,7 @@ def build_program(
             compute=compute, activations=jnp.dtype(jnp.float32) if wide else compute, attention=run.attention,
             platform="gpu" if platform in ("cuda", "rocm") else platform, remat=run.remat, tensor=sizes["tensor"],
         ),
-        loss_fn=loss_fn,
+        loss_fn=loss_fn or objective_of(run).loss,
         reduce_dtype=jnp.dtype(jnp.float32) if run.dtype.reduce == "float32" else compute,
         seed_scale=2.0 ** -round(math.log2(batch.global_size * (seq_len or run.seq_len))),
         dropout=custom or getattr(run.model, "dropout", 1.0) > 0.0,

@@ -145,10 +145,10 @@ class Progress:
             fields["loss"] = f"loss {number['train/loss']:.4f}"
         if "train/lr" in number:
             fields["lr"] = f"lr {number['train/lr']:.2e}"
-        if "perf/tokens_per_second" in number:
-            fields["rate"] = (
-                f"{format_count(number['perf/tokens_per_second'])} tokens/s"
-            )
+        for unit in ("tokens", "examples"):
+            rate = number.get(f"perf/{unit}_per_second")
+            if rate is not None:
+                fields["rate"] = f"{format_count(rate)} {unit}/s"
         if "perf/step_seconds" in number:
             fields["step_seconds"] = f"{number['perf/step_seconds']:.3g} s/step"
         left = self._seconds_left()

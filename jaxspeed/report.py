@@ -201,12 +201,12 @@ def _figures(records: Records) -> list[tuple[str, str]]:
         values = _series(records, name)[1]
         if values:
             figures.append((label, _number(values[-1])))
-    rates = [v for v in _series(records, _RATE)[1] if math.isfinite(v)]
-    if rates:
-        figures.append(("median tokens/s", format_count(statistics.median(rates))))
-    tokens = _series(records, "data/tokens")[1]
-    if tokens:
-        figures.append(("tokens", format_count(tokens[-1])))
+    unit = _unit(records)
+    rates = _series(records, f"perf/{unit}_per_second")[1]
+    if rates := [v for v in rates if math.isfinite(v)]:
+        figures.append((f"median {unit}/s", format_count(statistics.median(rates))))
+    if amounts := _series(records, f"data/{unit}")[1]:
+        figures.append((unit, format_count(amounts[-1])))
     seconds = _training_seconds(records)
     if seconds:
         figures.append(("time in training steps", format_seconds(seconds)))
@@ -229,7 +229,9 @@ def _training_seconds(records: Records) -> float:
     return total
 
 
-_RATE = "perf/tokens_per_second"
+def _unit(records: Records) -> str:
+    """Returns what the run's task counts data in."""
+    return "examples" if _series(records, "data/examples")[1] else "tokens"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,11 +250,12 @@ def _plots(records: Records) -> str:
         return PlotLine(name=name, steps=steps, values=values, marks=marks)
 
     losses = [line(name, marks=True) for name in _eval_losses(records)]
+    unit = _unit(records)
     plots = [
-        ("Loss (nats per token)", [line("train/loss"), *losses], "linear"),
+        ("Loss (nats)", [line("train/loss"), *losses], "linear"),
         ("Learning rate", [line("train/lr")], ""),
         ("Gradient norm, before clipping", [line("train/grad_norm")], "log"),
-        ("Tokens per second", [line(_RATE)], "zero"),
+        (f"{unit.title()} per second", [line(f"perf/{unit}_per_second")], "zero"),
     ]
     scales = _series(records, "train/loss_scale")[1]
     if len(set(scales)) > 1:

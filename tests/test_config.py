@@ -13,6 +13,10 @@ from jaxspeed import config as configs
 from jaxspeed.config import (
     OPTIMIZER_FIELDS,
     SCHEDULE_FIELDS,
+    TASK_COLUMNS,
+    TASK_FIELDS,
+    TASK_METRICS,
+    TASK_SETTINGS,
     BatchShape,
     CheckpointConfig,
     ConfigError,
@@ -24,6 +28,7 @@ from jaxspeed.config import (
     OptimConfig,
     RunConfig,
     ScheduleConfig,
+    TaskConfig,
     ZeroConfig,
     diff,
     resolve_batch,
@@ -128,6 +133,15 @@ BAD_VALUES: list[tuple[type, dict[str, Any], str]] = [
     (EvalConfig, {"every": -1}, "eval.every=-1: must be >= 0"),
     (EvalConfig, {"temperature": -0.5}, "eval.temperature=-0.5"),
     (EvalConfig, {"batches": 0.5}, "eval.batches=0.5: float where int is due"),
+    (TaskConfig, {"name": "classify"}, "Did you mean 'classification'?"),
+    (TaskConfig, {"labels": "no"}, "write ('no',)"),
+    (TaskConfig, {"name": "masked_lm", "mask_rate": 1.0}, "between 0 and 1"),
+    (TaskConfig, {"name": "span_corruption", "mean_span": 0.5}, "a token at least"),
+    (TaskConfig, {"name": "seq2seq", "buckets": (64, 32)}, "lengths ascend from 1"),
+    (TaskConfig, {"name": "seq2seq", "buckets": (0,)}, "lengths ascend from 1"),
+    (TaskConfig, {"name": "seq2seq", "metrics": ("blue",)}, "task.metrics"),
+    (TaskConfig, {"name": "seq2seq", "max_target_len": 0}, "must be > 0"),
+    (TaskConfig, {"name": "question_answering", "stride": -1}, "must be >= 0"),
     (RunConfig, {"steps": 0}, "steps=0: must be > 0"),
     (RunConfig, {"steps": 1.5}, "steps=1.5: float where int is due"),
     (RunConfig, {"seq_len": -16}, "seq_len=-16: must be > 0"),
@@ -158,9 +172,16 @@ def test_every_class_has_a_bad_value() -> None:
     assert {cls for cls, _, _ in BAD_VALUES} == set(CLASSES)
 
 
+USERS: dict[Any, Any] = {
+    OptimConfig: OPTIMIZER_FIELDS,
+    ScheduleConfig: SCHEDULE_FIELDS,
+    TaskConfig: TASK_FIELDS,
+}
+
+
 @pytest.mark.parametrize(
     ("cls", "users"),
-    [(OptimConfig, OPTIMIZER_FIELDS), (ScheduleConfig, SCHEDULE_FIELDS)],
+    USERS.items(),
 )
 def test_tables_of_fields_name_every_choice_and_real_fields(
     cls: type, users: Any
@@ -170,8 +191,10 @@ def test_tables_of_fields_name_every_choice_and_real_fields(
     assert set().union(*users.values()) <= set(fields)
 
 
-def other(value: Any) -> Any:
-    """Returns a legal value that is not this one."""
+def other(field: str, value: Any) -> Any:
+    """Returns a legal value of a field that is not this one."""
+    if isinstance(value, tuple):
+        return {"metrics": ("bleu",), "buckets": (8,)}.get(field, ("a",))
     if isinstance(value, str):
         return "linear"
     if isinstance(value, bool):
@@ -183,10 +206,7 @@ def other(value: Any) -> Any:
     ("cls", "name", "field", "read"),
     [
         (cls, name, field, field in users[name])
-        for cls, users in (
-            (OptimConfig, OPTIMIZER_FIELDS),
-            (ScheduleConfig, SCHEDULE_FIELDS),
-        )
+        for cls, users in USERS.items()
         for name in users
         for field in sorted(set().union(*users.values()))
     ],
@@ -194,15 +214,26 @@ def other(value: Any) -> Any:
 def test_field_is_settable_exactly_where_it_is_read(
     cls: Any, name: str, field: str, read: bool
 ) -> None:
-    value = other(getattr(cls(), field))
+    value = other(field, getattr(cls(), field))
     assert value != getattr(cls(), field)
     if read:
         assert getattr(cls(name=name, **{field: value}), field) == value
         return
     with pytest.raises(ConfigError, match="has no effect with") as caught:
         cls(name=name, **{field: value})
-    users = OPTIMIZER_FIELDS if cls is OptimConfig else SCHEDULE_FIELDS
-    assert any(user in str(caught.value) for user in users if field in users[user])
+    users = [user for user, fields in USERS[cls].items() if field in fields]
+    assert all(user in str(caught.value) for user in users)
+
+
+def test_tables_of_tasks_name_real_tasks_and_settings() -> None:
+    assert set(TASK_COLUMNS) | set(TASK_METRICS) <= set(TASK_FIELDS)
+    for setting, tasks in TASK_SETTINGS.items():
+        section, _, field = setting.partition(".")
+        assert field in {f.name for f in dataclasses.fields(getattr(run(), section))}
+        assert tasks < set(TASK_FIELDS)
+    for name, fields in TASK_FIELDS.items():
+        assert ("metrics" in fields) == (name in TASK_METRICS)
+        assert ("target_field" in fields) == (name in TASK_COLUMNS)
 
 
 @pytest.mark.parametrize(
@@ -378,6 +409,17 @@ def test_validate_returns_the_batch_of_the_mesh() -> None:
             "process_id=2: there are num_processes=2; give 0 to 1",
         ),
         ({"global_batch_size": 9}, "nearest legal: 8 or 16"),
+        (
+            {
+                "task": TaskConfig(name="classification"),
+                "data": DataConfig(text_field="a"),
+            },
+            "data.text_field='a' has no effect with task.name='classification'",
+        ),
+        (
+            {"task": TaskConfig(name="classification", buckets=(8, 16))},
+            "rows of seq_len=16 are there anyway",
+        ),
         ({"mesh": MeshConfig(data=16)}, "needs a multiple of 16 devices"),
     ],
 )

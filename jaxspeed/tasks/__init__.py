@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is learnt from the data: `task.name` of the configuration.
+
+A task is a source, a tokenization, a loss and metrics. It makes the batches of the training loop
+and says what a model makes of held-out data; it trains nothing itself. The loss, and the arrays
+that it reads, are in `jaxspeed.objectives`, where the compiled step finds them.
+"""
+
+from collections.abc import Callable, Mapping
+
+from jaxspeed.config import RunConfig
+from jaxspeed.program import Program
+from jaxspeed.tasks.base import Evaluation, Task
+from jaxspeed.tasks.language import LanguageModel
+
+
+__all__ = ["TASKS", "Evaluation", "Task", "open_task"]
+
+TASKS: Mapping[str, Callable[[RunConfig, Program], Task]] = {
+    "lm": LanguageModel,
+}
+"""By the names of `TaskConfig.name`."""
+
+
+def open_task(run: RunConfig, program: Program) -> Task:
+    """Opens the data of a run's task.
+
+    Raises:
+        ConfigError: something in the data or the configuration cannot be.
+    """
+    return TASKS[run.task.name](run, program)
