@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Short training runs for the tests: one tiny model of each family, the same eight batches, every setting.
+"""Short training runs for the tests: a tiny model of each family, the same eight batches, every setting.
 
 All runs of a family start from the same parameters, made once on one device, so that a
 test of the step does not compile the initialisation again for each mesh.
@@ -22,27 +22,11 @@ from jaxspeed.config import (
     ZeroConfig,
 )
 from jaxspeed.program import Program, State, build_program
-from models import gpt2, llama
+from tests.models.zoo import ZOO, T
 
 
-G, T, V = 16, 16, 64
-UPDATES = 8
-
-FAMILIES: dict[str, Any] = {
-    "gpt2": gpt2.Config(
-        vocab_size=V, max_seq_len=T, num_layers=2, num_heads=4, d_model=32
-    ),
-    "llama": llama.Config(
-        vocab_size=V,
-        max_seq_len=T,
-        num_layers=2,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=8,
-        d_model=32,
-        d_ff=64,
-    ),
-}
+G, UPDATES = 16, 8
+"""Rows of a batch, and batches."""
 
 MESHES = {
     "8x1": MeshConfig(data=8, fsdp=1),
@@ -60,7 +44,7 @@ def config(family: str = "gpt2", **changes: Any) -> RunConfig:
     compute = changes.pop("compute", "float32")
     optimizer = changes.pop("optimizer", "adamw")
     run = RunConfig(
-        model=FAMILIES[family],
+        model=ZOO[family].cfg,
         steps=UPDATES,
         seq_len=T,
         global_batch_size=G,
@@ -76,27 +60,15 @@ def config(family: str = "gpt2", **changes: Any) -> RunConfig:
 
 
 @functools.cache
-def batches() -> list[dict[str, np.ndarray]]:
-    """Returns batches with ragged masks, packed documents and learnable text."""
+def batches(family: str) -> list[dict[str, np.ndarray]]:
+    """Returns the family's batches, which can be learnt."""
     rng = np.random.default_rng(0)
-    made = []
-    for _ in range(UPDATES):
-        inputs = (rng.integers(0, V, (G, 1)) + 3 * np.arange(T)) % V
-        made.append(
-            {
-                "inputs": inputs.astype(np.int32),
-                "mask": rng.random((G, T)) < rng.random((G, 1)),
-                "segment_ids": np.sort(rng.integers(1, 4, (G, T)), axis=1).astype(
-                    np.int32
-                ),
-            }
-        )
-    return made
+    return [ZOO[family].batch(rng, G) for _ in range(UPDATES)]
 
 
 @functools.cache
 def _parameters(family: str) -> Any:
-    program = build_program(config(family, stage=0), devices=jax.devices()[:1])
+    program = program_of(config(family, stage=0), 1, family)
     return jax.device_get(program.init_state()["params"])
 
 
@@ -112,16 +84,17 @@ def start(program: Program, family: str) -> State:
     return jax.jit(fresh, out_shardings=program.shardings)(params)
 
 
-def program_of(run: RunConfig, devices: int = 8) -> Program:
+def program_of(run: RunConfig, devices: int = 8, family: str = "gpt2") -> Program:
     """Returns the run's program on the first virtual devices."""
-    return build_program(run, devices=jax.devices()[:devices])
+    loss = ZOO[family].loss
+    return build_program(run, loss_fn=loss, devices=jax.devices()[:devices])
 
 
 def curve(run: RunConfig, family: str, devices: int = 8) -> dict[str, np.ndarray]:
     """Returns loss, gradient norm and parameter checksum of each update."""
-    program = program_of(run, devices)
+    program = program_of(run, devices, family)
     state, history = start(program, family), []
-    for batch in batches():
+    for batch in batches(family):
         state, metrics = program.train_step(state, program.put_batch(batch))
         history.append(jax.device_get(metrics))
     names = ("train/loss", "train/grad_norm", "train/lr", "train/skipped")

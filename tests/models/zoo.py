@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One tiny model of each kind, with its loss and batches: what the laws of the families are checked on.
+
+A family joins by an entry in `ZOO` (laws that hold for any family, `test_family.py` and
+`tests/dist/test_equivalence.py`) and one in `PEERS` of `test_hugging_face.py`.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from jaxspeed.losses import next_token_loss
+from jaxspeed.types import LossFn
+from models import gpt2, llama
+
+
+T, V, D, L = 16, 64, 32, 2
+"""Tokens, vocabulary, width and layers of every member that has them."""
+
+Kind = Literal["decoder", "recurrent", "encoder", "seq2seq", "vision"]
+"""Which further laws hold.
+
+decoder: `hidden(inputs, positions, segment_ids)` is causal, packs, and writes with a cache.
+recurrent: the same, without positions. encoder: `hidden(inputs, positions, segment_ids,
+token_types)` packs. seq2seq: `encode(inputs, segment_ids)`, and `hidden(decoder_inputs, positions,
+segment_ids, memory=, memory_segment_ids=)` is causal and writes with a cache. vision: none.
+"""
+
+Maker = Callable[[np.random.Generator, int], dict[str, np.ndarray]]
+"""`(rng, rows) -> batch`; another rng gives other rows of the same, learnable, kind."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """A tiny model and how it is trained."""
+
+    cfg: Any
+    """Its Config; layers are `L` where it has them."""
+    kind: Kind
+    loss: LossFn
+    batch: Maker
+    initial_loss: float | None = math.log(V)
+    """Of the parameters drawn; None: no formula gives it."""
+    stds: Mapping[str, float] = field(default_factory=dict)
+    """Standard deviations of the initial parameters by (last) name; 0.02 where it says none.
+
+    Names that begin with b are biases, 0; those that end in scale are 1.
+    """
+    large: Mapping[str, int] = field(
+        default_factory=lambda: {"vocab_size": 10**8, "num_layers": 1000}
+    )
+    """Sizes with which no machine could hold it."""
+    variant: bool = False
+    """A family that is here already, with another head or setting: the laws that cost much are not repeated."""
+
+
+def text(rng: np.random.Generator, rows: int) -> dict[str, np.ndarray]:
+    """Returns packed documents of learnable text with ragged masks."""
+    inputs = (rng.integers(0, V, (rows, 1)) + 3 * np.arange(T)) % V
+    return {
+        "inputs": inputs.astype(np.int32),
+        "mask": rng.random((rows, T)) < rng.random((rows, 1)),
+        "segment_ids": np.sort(rng.integers(1, 4, (rows, T)), axis=1).astype(np.int32),
+    }
+
+
+RESIDUAL = 0.02 / math.sqrt(2 * L)
+
+ZOO: dict[str, Member] = {
+    "gpt2": Member(
+        gpt2.Config(
+            vocab_size=V, max_seq_len=T, num_layers=L, num_heads=4, d_model=D
+        ),
+        "decoder",
+        next_token_loss,
+        text,
+        stds={"wo": RESIDUAL, "w_down": RESIDUAL, "positions": 0.01},
+    ),
+    "llama": Member(
+        llama.Config(
+            vocab_size=V, max_seq_len=T, num_layers=L, num_heads=4, num_kv_heads=2,
+            head_dim=8, d_model=D, d_ff=64,
+        ),
+        "decoder",
+        next_token_loss,
+        text,
+    ),
+}  # fmt: skip
+
+NAMED: dict[str, tuple[Any, int]] = {
+    "GPT-2": (gpt2.SMALL, 124_439_808),
+    "GPT-2 medium": (gpt2.MEDIUM, 354_823_168),
+    "GPT-2 large": (gpt2.LARGE, 774_030_080),
+    "GPT-2 XL": (gpt2.XL, 1_557_611_200),
+    "Llama 2 7B": (llama.LLAMA2_7B, 6_738_415_616),
+    "Llama 3 8B": (llama.LLAMA3_8B, 8_030_261_248),
+}
+"""Published sizes: Config and number of parameters."""
+
+
+def members(*kinds: Kind, variants: bool = False) -> list[str]:
+    """Returns the names of the members of these kinds (all, if none is named)."""
+    return [
+        name
+        for name, member in ZOO.items()
+        if (variants or not member.variant) and (not kinds or member.kind in kinds)
+    ]
