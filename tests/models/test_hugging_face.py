@@ -2,6 +2,7 @@
 """Every family is the model of the same name in transformers: logits, loss, gradients, and folders both ways."""
 
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -14,9 +15,10 @@ import safetensors.numpy
 from jaxspeed.ambient import Ambient, ambient
 from jaxspeed.config import MeshConfig, RunConfig, ZeroConfig
 from jaxspeed.hf import exchange_of, export_params, import_params, read_config
-from jaxspeed.losses import next_token_loss
+from jaxspeed.losses import next_token_loss, seq2seq_loss
 from jaxspeed.nn import merge
 from jaxspeed.program import Program, build_program
+from jaxspeed.types import LossFn
 
 
 pytestmark = pytest.mark.hf
@@ -24,7 +26,72 @@ pytestmark = pytest.mark.hf
 torch: Any = pytest.importorskip("torch", reason="needs pip install 'jaxspeed[hf]'")
 transformers: Any = pytest.importorskip("transformers")
 
-B, T = 2, 12
+B, T, V = 2, 12, 96
+
+Arrays = Mapping[str, Any]
+
+
+class Task(NamedTuple):
+    """What a model with some head is asked, in our words and in the peer's."""
+
+    auto: str
+    """The class of transformers that makes the peer."""
+    batch: Callable[[np.random.Generator], Arrays]
+    """Our batch, of numpy arrays."""
+    asked: Callable[[Arrays], Arrays]
+    """From our batch to the arguments of the peer, those that make it return a loss included."""
+    loss: LossFn
+    outputs: Callable[[Any, Arrays], Any]
+    """From our model and batch to arrays."""
+    answered: Callable[[Any], Any] = lambda out: out.logits
+    """From what the peer returns to the same arrays."""
+    its_loss: Callable[[Any], Any] = lambda out: out.loss
+
+
+def ids(rng: np.random.Generator) -> np.ndarray:
+    return rng.integers(0, V, (B, T), np.int32)
+
+
+def pairs(rng: np.random.Generator) -> Arrays:
+    whole = np.ones((B, T), np.int32)
+    shorter = np.array([[T], [T - 4]])
+    return {
+        "inputs": ids(rng),
+        "segment_ids": np.where(np.arange(T) < shorter, whole, 0),
+        "decoder_inputs": ids(rng)[:, :8],
+        "targets": ids(rng)[:, :8],
+        "mask": rng.random((B, 8)) < 0.8,
+    }
+
+
+def seq2seq_logits(model: Any, batch: Arrays) -> jax.Array:
+    segments = batch["segment_ids"]
+    memory = model.encode(batch["inputs"], segments)
+    given = {"memory": memory, "memory_segment_ids": segments}
+    return model.hidden(batch["decoder_inputs"], **given) @ model.output_embedding().T
+
+
+TASKS = {
+    "lm": Task(
+        "AutoModelForCausalLM",
+        lambda rng: {"inputs": ids(rng)},
+        lambda batch: {"input_ids": batch["inputs"], "labels": batch["inputs"]},
+        next_token_loss,
+        lambda model, batch: model(batch["inputs"]),
+    ),
+    "seq2seq": Task(
+        "AutoModelForSeq2SeqLM",
+        pairs,
+        lambda batch: {
+            "input_ids": batch["inputs"],
+            "attention_mask": batch["segment_ids"],
+            "decoder_input_ids": batch["decoder_inputs"],
+            "labels": np.where(batch["mask"], batch["targets"], -100),
+        },
+        seq2seq_loss,
+        seq2seq_logits,
+    ),
+}
 
 
 class Peer(NamedTuple):
@@ -32,10 +99,11 @@ class Peer(NamedTuple):
 
     model_type: str
     settings: dict[str, Any]
+    task: str = "lm"
 
 
 SIZES = {
-    "vocab_size": 96,
+    "vocab_size": V,
     "hidden_size": 32,
     "intermediate_size": 56,
     "num_hidden_layers": 3,
@@ -43,7 +111,7 @@ SIZES = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
 }
-GPT2 = {"vocab_size": 96, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64}
+GPT2 = {"vocab_size": V, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64}
 PEERS = {
     "gpt2": Peer("gpt2", GPT2),
     "gpt2, narrow": Peer("gpt2", GPT2 | {"n_inner": 40, "layer_norm_epsilon": 1e-3}),
@@ -62,20 +130,35 @@ PEERS = {
 class Case(NamedTuple):
     """The peer's model in a folder, and the program that takes it."""
 
+    task: Task
     model: Any
     folder: Path
     program: Program
     params: Any
 
+    def batch(self) -> dict[str, jax.Array]:
+        given = self.task.batch(np.random.default_rng(0))
+        return {name: jnp.asarray(x) for name, x in given.items()}
+
+    def ask(self, model: Any) -> Any:
+        """Returns what a peer makes of the same batch."""
+        given = self.task.asked(self.task.batch(np.random.default_rng(0)))
+        tensors = {name: torch.from_numpy(np.array(x)) for name, x in given.items()}
+        whole = lambda x: x if x.is_floating_point() else x.long()
+        return model(**{name: whole(x) for name, x in tensors.items()})
+
+    def answers(self, model: Any) -> Any:
+        """Returns the peer's outputs as numpy arrays."""
+        with torch.no_grad():
+            outputs = self.task.answered(self.ask(model))
+        return jax.tree.map(lambda x: x.numpy(), outputs)
+
 
 def make_peer(peer: Peer) -> Any:
     torch.manual_seed(0)
-    quiet = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    settings = peer.settings | (quiet if peer.model_type == "gpt2" else {})
-    config = transformers.AutoConfig.for_model(peer.model_type, **settings)
-    model = transformers.AutoModelForCausalLM.from_config(
-        config, attn_implementation="eager"
-    )
+    config = transformers.AutoConfig.for_model(peer.model_type, **peer.settings)
+    auto = getattr(transformers, TASKS[peer.task].auto)
+    model = auto.from_config(config, attn_implementation="eager")
     with (
         torch.no_grad()
     ):  # biases and norms start at 0 and 1, where mistakes do not show
@@ -84,33 +167,22 @@ def make_peer(peer: Peer) -> Any:
     return model.eval()
 
 
-def program_for(folder: Path, devices: int = 1, **changes: Any) -> Program:
-    run = RunConfig(
-        model=read_config(folder), steps=1, seq_len=T, global_batch_size=8, **changes
-    )
-    return build_program(run, devices=jax.devices()[:devices])
+def program_for(folder: Path, task: Task, devices: int = 1, **changes: Any) -> Program:
+    cfg = read_config(folder)
+    run = RunConfig(model=cfg, steps=1, seq_len=T, global_batch_size=8, **changes)
+    return build_program(run, loss_fn=task.loss, devices=jax.devices()[:devices])
 
 
 @pytest.fixture(scope="module", params=PEERS)
 def case(request: pytest.FixtureRequest, tmp_path_factory: Any) -> Case:
-    model = make_peer(PEERS[request.param])
+    peer = PEERS[request.param]
+    model, task = make_peer(peer), TASKS[peer.task]
     folder = tmp_path_factory.mktemp("hf")
     model.save_pretrained(folder)
-    program = program_for(folder)
+    program = program_for(folder, task)
     abstract = program.abstract_state["params"]
     params = import_params(folder, program.run.model, abstract)
-    return Case(model, folder, program, params)
-
-
-def ids() -> np.ndarray:
-    return np.random.default_rng(0).integers(0, 96, (B, T), np.int32)
-
-
-def loss_of(case: Case, params: Any) -> jax.Array:
-    with ambient(Ambient()):
-        model = merge(case.program.spec.graphdef, params)
-        sums = next_token_loss(model, {"inputs": jnp.asarray(ids())})
-    return sums.total / sums.count
+    return Case(task, model, folder, program, params)
 
 
 def test_config_is_read_and_written(case: Case) -> None:
@@ -120,21 +192,29 @@ def test_config_is_read_and_written(case: Case) -> None:
     assert exchange.read_config(exchange.write_config(cfg)) == cfg
 
 
-def test_logits_are_the_peers(case: Case) -> None:
+def test_outputs_are_the_peers(case: Case) -> None:
     with ambient(Ambient()):
         model = merge(case.program.spec.graphdef, case.params)
-        ours = model(jnp.asarray(ids()))
-    with torch.no_grad():
-        theirs = case.model(torch.from_numpy(ids()).long()).logits.numpy()
-    np.testing.assert_allclose(ours, theirs, atol=1e-4 * np.abs(theirs).max(), rtol=0)
+        ours = case.task.outputs(model, case.batch())
+    for got, want in zip(
+        jax.tree.leaves(ours), jax.tree.leaves(case.answers(case.model)), strict=True
+    ):
+        np.testing.assert_allclose(got, want, atol=1e-4 * np.abs(want).max(), rtol=0)
 
 
 def test_loss_and_every_gradient_are_the_peers(case: Case) -> None:
-    tokens = torch.from_numpy(ids()).long()
     case.model.zero_grad()
-    theirs = case.model(tokens, labels=tokens).loss
+    theirs = case.task.its_loss(case.ask(case.model))
     theirs.backward()
-    loss, slopes = jax.value_and_grad(lambda p: loss_of(case, p))(case.params)
+
+    @jax.jit
+    @jax.value_and_grad
+    def loss_of(params: Any, batch: Any) -> jax.Array:
+        with ambient(Ambient()):
+            sums = case.task.loss(merge(case.program.spec.graphdef, params), batch)
+        return sums.total / sums.count
+
+    loss, slopes = loss_of(case.params, case.batch())
     assert float(loss) == pytest.approx(theirs.item(), rel=1e-5)
     # The peer's gradients in our layout: a folder with them in the place of its parameters.
     for parameter in case.model.parameters():
@@ -158,7 +238,6 @@ def test_loss_and_every_gradient_are_the_peers(case: Case) -> None:
 def test_import_export_import_is_the_same_to_the_bit(
     case: Case, tmp_path: Path, shard_bytes: int
 ) -> None:
-
     cfg = case.program.run.model
     files = export_params(case.params, cfg, tmp_path, shard_bytes=shard_bytes)
     assert (len(files) > 2) == (shard_bytes < 10**9)
@@ -168,22 +247,19 @@ def test_import_export_import_is_the_same_to_the_bit(
     for file in files:
         if file.suffix == ".safetensors":
             assert safetensors.numpy.load_file(file)
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path, attn_implementation="eager"
-    )
-    assert json.loads((tmp_path / "config.json").read_text())["architectures"] == [
-        type(model).__name__
-    ]
-    tokens = torch.from_numpy(ids()).long()
-    with torch.no_grad():
-        assert torch.equal(model(tokens).logits, case.model(tokens).logits)
+    auto = getattr(transformers, case.task.auto)
+    model = auto.from_pretrained(tmp_path, attn_implementation="eager")
+    settings = json.loads((tmp_path / "config.json").read_text())
+    assert settings["architectures"] == [type(model).__name__]
+    theirs = case.answers(case.model)
+    jax.tree.map(np.testing.assert_array_equal, case.answers(model), theirs)
 
 
 @pytest.mark.parametrize("stage", [1, 3])
 def test_shards_of_any_mesh_take_it(case: Case, stage: Literal[1, 3]) -> None:
     mesh = MeshConfig(data=2, fsdp=2, tensor=2)
     zero = ZeroConfig(stage=stage, param_persistence_threshold=0)
-    program = program_for(case.folder, 8, mesh=mesh, zero=zero)
+    program = program_for(case.folder, case.task, 8, mesh=mesh, zero=zero)
     abstract = program.abstract_state["params"]
     params = import_params(case.folder, program.run.model, abstract)
     jax.tree.map(np.testing.assert_array_equal, params, case.params)

@@ -67,6 +67,21 @@ def text(rng: np.random.Generator, rows: int) -> dict[str, np.ndarray]:
     }
 
 
+def pairs(rng: np.random.Generator, rows: int) -> dict[str, np.ndarray]:
+    """Returns sources with padding, and targets that repeat their beginning."""
+    inputs = text(rng, rows)["inputs"]
+    length = rng.integers(T // 2, T + 1, (rows, 1))
+    targets = inputs[:, : T - 2]
+    start = np.zeros((rows, 1), np.int32)
+    return {
+        "inputs": inputs,
+        "segment_ids": (np.arange(T) < length).astype(np.int32),
+        "decoder_inputs": np.concatenate([start, targets[:, :-1]], axis=1),
+        "targets": targets,
+        "mask": np.arange(T - 2) < length - 2,
+    }
+
+
 RESIDUAL = 0.02 / math.sqrt(2 * L)
 
 ZOO: dict[str, Member] = {
