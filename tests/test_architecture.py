@@ -53,9 +53,6 @@ LAZY = {
 }
 """Imported inside the function that needs them: slow to import, or optional."""
 
-LAZY_MODULES = {"jaxspeed.data.shakespeare"}
-"""Imported in the same way, because they subclass a class of a lazy package."""
-
 FORBIDDEN = {"cloudpickle", "dill", "marshal", "pickle", "shelve"}
 """A file that is read by these can run code."""
 
@@ -173,10 +170,9 @@ def test_torch_stays_in_tests_and_benchmarks(path: Path) -> None:
     assert not [m for m, _ in imports(path) if belongs(m, torch)]
 
 
-@by_path([p for p in under("jaxspeed") if name_of(p) not in LAZY_MODULES])
+@by_path(under("jaxspeed"))
 def test_optional_packages_are_imported_where_they_are_needed(path: Path) -> None:
-    lazy = LAZY | LAZY_MODULES
-    early = {m for m, node in imports(path) if not node.col_offset and belongs(m, lazy)}
+    early = {m for m, node in imports(path) if not node.col_offset and belongs(m, LAZY)}
     assert not early, f"import inside the function that needs it: {early}"
 
 

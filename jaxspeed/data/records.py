@@ -19,6 +19,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
 from jaxspeed.config import suggest
+from jaxspeed.data import shakespeare
 from jaxspeed.data.documents import Origin, Source, T, combine, first_line, unwritable
 
 
@@ -100,14 +101,12 @@ def bundled_splits(cache_dir: Path) -> Splits:
     Raises:
         ConfigError: `cache_dir` cannot be written.
     """
-    from jaxspeed.data import shakespeare
-
     try:
         with quiet():
             root = shakespeare.prepare(cache_dir / "tfds")
     except OSError as err:
         raise unwritable(cache_dir, err) from err
-    return _prepared_splits(shakespeare.NAME, root)
+    return _prepared_splits(shakespeare.INFO.name, root)
 
 
 def tfds_splits(origin: Origin, name: str, cache_dir: Path) -> Splits:

@@ -16,7 +16,7 @@ MakeConfig = Callable[..., DataConfig]
 
 def test_a_changed_text_needs_a_new_version() -> None:
     text = "\f".join(shakespeare.documents()).encode()
-    assert (shakespeare.VERSION, hashlib.sha256(text).hexdigest()) == (
+    assert (shakespeare.INFO.version, hashlib.sha256(text).hexdigest()) == (
         "1.0.0",
         "515a0fccd29297db3a62484aaa4a234ed21d5b3d306cba0b52d2e9bd58bbaaf0",
     )
@@ -53,7 +53,7 @@ def test_a_broken_preparation_is_redone(
     make_config: MakeConfig, tmp_path: Path, damage: str
 ) -> None:
     root = shakespeare.prepare(tmp_path / "cache" / "tfds")
-    folder = root / shakespeare.NAME / shakespeare.VERSION
+    folder = shakespeare.INFO.folder(root)
     records = sorted(folder.glob("*train*"))[0]
     if damage == "truncated":
         records.write_bytes(records.read_bytes()[:-500])
@@ -68,7 +68,7 @@ def test_a_broken_preparation_is_redone(
 def test_leftovers_of_a_killed_preparation_do_no_harm(
     make_config: MakeConfig, tmp_path: Path
 ) -> None:
-    left = tmp_path / "cache" / "tfds" / ".prepare-x" / shakespeare.NAME / "1.0.0"
+    left = tmp_path / "cache" / "tfds" / ".prepare-x" / shakespeare.INFO.name / "1.0.0"
     left.mkdir(parents=True)
     (left / "dataset_info.json").write_text("{")
     assert len(open_corpus(make_config("shakespeare")).train[0]) == 307

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Real data and weights that package registries hold: `jaxspeed data NAME`.
+
+Each set is a module: where it is from, what becomes of it, its fields. The one decision: a
+set has the name and fields of the TFDS set that it stands for, if there is one, so that a
+recipe does not change where the public set can be had.
+"""
+
+import itertools
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from rich.console import Console
+from rich.progress import MofNCompleteColumn
+
+from jaxspeed.config import ConfigError, suggest
+from jaxspeed.data.documents import Record, unwritable
+from jaxspeed.data.download import Downloads, progress
+from jaxspeed.data.prepare import DataSet, counts_of, write_set
+from jaxspeed.data.sets import (
+    bigbench,
+    descriptions,
+    help_pages,
+    prompts,
+    reviews,
+    shapes,
+)
+from jaxspeed.data.sets.weights import WEIGHTS, unpack
+
+
+_ALL = (
+    reviews.SET,
+    bigbench.SQUAD,
+    bigbench.CIFAR10,
+    help_pages.SET,
+    descriptions.SET,
+    prompts.SET,
+    shapes.SET,
+)
+
+SETS = {entry.info.name: entry for entry in _ALL}
+"""Sets by name."""
+
+
+class Fetched(NamedTuple):
+    """What a name became."""
+
+    name: str
+    path: Path
+    """Of the set's folder, or of a model's file or folder."""
+    use: str
+    """What a setting is to say."""
+    records: dict[str, int]
+    """In each split; none for a model."""
+
+
+def fetch(names: Sequence[str], cache_dir: Path) -> list[Fetched]:
+    """Fetches and prepares what is not there yet.
+
+    Args:
+        names: of `SETS` and of `WEIGHTS`.
+        cache_dir: where all is kept, `data.cache_dir`.
+
+    Raises:
+        ConfigError: an unknown name, or it cannot be fetched or written.
+    """
+    known = [*SETS, *WEIGHTS]
+    for name in names:
+        if name not in known:
+            raise ConfigError(
+                f"data={name!r}: no such data; give some of {known}.{suggest(name, known)}"
+            )
+    try:
+        return [_fetch(name, cache_dir) for name in names]
+    except OSError as err:
+        raise unwritable(cache_dir, err) from err
+
+
+def _fetch(name: str, cache_dir: Path) -> Fetched:
+    downloads = Downloads(cache_dir / "downloads", name)
+    if name in WEIGHTS:
+        path = unpack(name, WEIGHTS[name], downloads, cache_dir / "weights")
+        return Fetched(name, path, str(path), {})
+    info = SETS[name].info
+    folder = info.folder(cache_dir / "tfds")
+    counts = counts_of(folder) or _prepare(SETS[name], downloads, cache_dir / "tfds")
+    return Fetched(name, folder, f"tfds:{name}", counts)
+
+
+def _prepare(entry: DataSet, downloads: Downloads, data_dir: Path) -> dict[str, int]:
+    splits = entry.read(downloads)
+    counts = {name: len(records) for name, records in splits.items()}
+    # Not Console(stderr=True): what TFDS writes to sys.stderr is caught meanwhile.
+    console, written = Console(file=sys.stderr, highlight=False), itertools.count(1)
+    total = sum(counts.values())
+    with progress(console, entry.info.name, total, MofNCompleteColumn()) as tell:
+
+        def told(records: Sequence[Record]) -> Iterator[Record]:
+            for record in records:
+                tell(next(written))
+                yield record
+
+        write_set(entry.info, data_dir, {n: told(r) for n, r in splits.items()})
+    return counts
