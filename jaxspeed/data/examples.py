@@ -12,7 +12,6 @@ From TFDS sets and from files alike a field is plain: str, int, float, a NumPy a
 
 import functools
 import json
-import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -104,13 +103,16 @@ def _names(record: Record, prefix: str = "") -> list[str]:
 
 def _as_bytes(record: Record) -> bytes:
     """Returns bytes that stand for a record, about as many as it has."""
+    arrays: list[bytes] = []
 
     def plain(value: Any) -> Any:
         if isinstance(value, np.ndarray):
-            return [zlib.crc32(value.tobytes()), str(value.shape)]
+            arrays.append(value.tobytes())
+            return [str(value.dtype), value.shape]
         return repr(value)
 
-    return json.dumps(record, default=plain).encode()
+    text = json.dumps(record, default=plain)
+    return b"".join([text.encode(), *arrays])
 
 
 # .jsonl -------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ recipe does not change where the public set can be had.
 
 import itertools
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -44,16 +45,57 @@ SETS = {entry.info.name: entry for entry in _ALL}
 """Sets by name."""
 
 
+class Offer(NamedTuple):
+    """What a name stands for."""
+
+    name: str
+    description: str
+    fetched: str
+    """What is fetched for it."""
+    licence: str
+    ready: bool
+    """It is in the cache."""
+
+    def __str__(self) -> str:
+        about = textwrap.fill(
+            f"{self.description} From {self.fetched}. Licence: {self.licence}.",
+            width=88,
+            initial_indent="    ",
+            subsequent_indent="    ",
+        )
+        return f"{self.name}{'  (ready)' if self.ready else ''}\n{about}"
+
+
 class Fetched(NamedTuple):
     """What a name became."""
 
     name: str
-    path: Path
-    """Of the set's folder, or of a model's file or folder."""
     use: str
-    """What a setting is to say."""
+    """What a setting is to say: `tfds:NAME`, or where a model is."""
+    path: Path
     records: dict[str, int]
     """In each split; none for a model."""
+
+    def __str__(self) -> str:
+        counts = (f"{split} {count:,}" for split, count in self.records.items())
+        return f"{self.use}  {', '.join(counts)}".rstrip()
+
+
+def describe(cache_dir: Path) -> list[Offer]:
+    """Returns what there is to fetch.
+
+    Args:
+        cache_dir: where it is kept, `data.cache_dir`.
+    """
+    offers = []
+    for name, (info, fetched, _) in SETS.items():
+        ready = bool(counts_of(info.folder(cache_dir / "tfds")))
+        offers.append(Offer(name, info.description, fetched, info.licence, ready))
+    for name, model in WEIGHTS.items():
+        ready = (cache_dir / "weights" / name).exists()
+        about = model.description, model.fetched, model.licence
+        offers.append(Offer(name, *about, ready))
+    return offers
 
 
 def fetch(names: Sequence[str], cache_dir: Path) -> list[Fetched]:
@@ -82,15 +124,16 @@ def _fetch(name: str, cache_dir: Path) -> Fetched:
     downloads = Downloads(cache_dir / "downloads", name)
     if name in WEIGHTS:
         path = unpack(name, WEIGHTS[name], downloads, cache_dir / "weights")
-        return Fetched(name, path, str(path), {})
+        return Fetched(name, str(path), path, {})
     info = SETS[name].info
     folder = info.folder(cache_dir / "tfds")
     counts = counts_of(folder) or _prepare(SETS[name], downloads, cache_dir / "tfds")
-    return Fetched(name, folder, f"tfds:{name}", counts)
+    return Fetched(name, f"tfds:{name}", folder, counts)
 
 
 def _prepare(entry: DataSet, downloads: Downloads, data_dir: Path) -> dict[str, int]:
-    splits = entry.read(downloads)
+    # A set of TFDS has no split without records.
+    splits = {name: found for name, found in entry.read(downloads).items() if found}
     counts = {name: len(records) for name, records in splits.items()}
     # Not Console(stderr=True): what TFDS writes to sys.stderr is caught meanwhile.
     console, written = Console(file=sys.stderr, highlight=False), itertools.count(1)

@@ -107,7 +107,8 @@ SQUAD = DataSet(
         description="Questions on passages. validation: SQuAD v1.1 dev, without the 5 "
         "questions that BIG-bench took as examples. train: SQuADShifts (New York Times, "
         "new Wikipedia, Reddit), because no package holds SQuAD's own training set; "
-        "figures are not to be compared with published ones.",
+        "figures are not to be compared with published ones. It carries BIG-bench's canary: "
+        "keep it out of pretraining text.",
         licence="SQuAD CC BY-SA 4.0, SQuADShifts CC BY 4.0",
     ),
     fetched=_FETCHED,

@@ -18,6 +18,7 @@ from jaxspeed.data.prepare import DataSet, SetInfo, divide
 _PROMPTS = "usr/share/asterisk/sounds/en_US_f_Allison/"
 _PROMPT_TEXTS = "usr/share/doc/asterisk-core-sounds-en/core-sounds-en.txt.gz"
 _LIBRIVOX = "usr/share/pocketsphinx/test/data/librivox/"
+_NOTE = re.compile(r"\[.*?\]|\(.*?\)")
 _TRANSCRIPT = re.compile(r"<s> (.*) </s> \((.*)\)")
 
 
@@ -30,10 +31,11 @@ def _read(downloads: Downloads) -> dict[str, list[Record]]:
     ((_, packed),) = members(texts, _PROMPT_TEXTS)
     said = {}
     for line in gzip.decompress(packed).decode().splitlines():
-        key, mark, text = line.partition(":")
-        # Semicolons begin comments; brackets tell of a sound that is no speech.
-        if mark and text.strip() and line[0] != ";" and text.strip()[0] != "[":
-            said[key.strip()] = text.strip()
+        key, _, text = line.partition(":")
+        text = _NOTE.sub("", text).strip()
+        # Semicolons begin comments; silence and tones have a note alone.
+        if text and line[0] != ";":
+            said[key.strip()] = text
     prompts = _spoken(sounds, _PROMPTS, said)
     splits = divide(prompts, lambda record: [record["text"]], {"test": 0.1})
     found = dict(members(librivox, f"{_LIBRIVOX}transcription"))
