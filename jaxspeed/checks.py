@@ -87,8 +87,12 @@ def _check_choice(name: str, value: Any, legal: tuple[Any, ...]) -> None:
 
 def _is_of_type(value: Any, annotation: Any) -> bool:
     if get_origin(annotation) is tuple:
-        inner = get_args(annotation)[0]
-        return isinstance(value, tuple) and all(_is_of_type(x, inner) for x in value)
+        kinds = get_args(annotation)
+        if not isinstance(value, tuple):
+            return False
+        if kinds[-1] is Ellipsis:
+            kinds = kinds[:1] * len(value)
+        return len(kinds) == len(value) and all(map(_is_of_type, value, kinds))
     if get_origin(annotation) is Literal:
         return value in get_args(annotation)
     if isinstance(annotation, UnionType):

@@ -116,6 +116,8 @@ class DTypeConfig:
     """The residual stream and what is kept for the backward pass. auto: float32 on CPU (where it is faster), compute elsewhere."""
     reduce: Literal["float32", "compute"] = "float32"
     """Gradients on the wire. DeepSpeed: communication_data_type."""
+    frozen: Literal["auto", "float32", "compute"] = "auto"
+    """How parameters that are not trained (`freeze`) are stored. auto: as float32 on CPU (which slices no 16-bit numbers), in compute elsewhere."""
 
     def __post_init__(self) -> None:
         check_types(self, "dtype")
@@ -578,6 +580,8 @@ class RunConfig(Generic[M]):
     """Arrangement of the devices."""
     zero: ZeroConfig = field(default_factory=ZeroConfig)
     """What is sharded."""
+    freeze: tuple[str, ...] = ()
+    """Parameters that are not trained: patterns over dotted paths, as in embed, "layers.*", "*.bias"; `*` stands for any characters."""
     dtype: DTypeConfig = field(default_factory=DTypeConfig)
     """Precision."""
     loss_scale: LossScaleConfig = field(default_factory=LossScaleConfig)
@@ -646,6 +650,10 @@ class RunConfig(Generic[M]):
         if self.dtype.compute != "float16" and self.loss_scale != LossScaleConfig():
             raise ConfigError(
                 f"loss_scale has no effect with dtype.compute={self.dtype.compute!r}; remove it, or set dtype.compute float16"
+            )
+        if self.dtype.frozen != "auto" and not self.freeze:
+            raise ConfigError(
+                f"dtype.frozen={self.dtype.frozen!r} has no effect: all parameters are trained; remove it, or name some in freeze"
             )
         if bool(self.coordinator) != (self.num_processes > 0) or bool(
             self.coordinator

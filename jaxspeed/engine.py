@@ -91,10 +91,10 @@ def initialize(
     state = program.init_state()
     if values is not None:
         # Copies, since the first step takes over (donates) the state.
-        move = lambda x, sharding: jax.device_put(
-            np.asarray(x, np.float32), sharding, may_alias=False
+        move = lambda x, like: jax.device_put(
+            np.asarray(x, like.dtype), like.sharding, may_alias=False
         )
-        state["params"] = jax.tree.map(move, values, program.shardings["params"])
+        state["params"] = jax.tree.map(move, values, program.abstract_state["params"])
     return Engine(program, state, answers)
 
 

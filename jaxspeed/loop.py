@@ -38,9 +38,10 @@ from jaxspeed.pretrained import read_params
 from jaxspeed.program import Program, State, build_program, notices
 from jaxspeed.progress import Progress, format_count
 from jaxspeed.report import add_sample, format_bytes, report_from_run, save_run
+from jaxspeed.sharding import part_of
 from jaxspeed.state import bytes_per_device
 from jaxspeed.tasks import Evaluation, open_task
-from jaxspeed.types import TrainingError
+from jaxspeed.types import PyTree, TrainingError
 
 
 logger = logging.getLogger(__name__)
@@ -352,9 +353,9 @@ class _Run:
         """Tells what is about to run."""
         run, program, show = self.run, self.program, self.progress.print
         device = program.mesh.devices.flat[0]
-        params = sum(
-            math.prod(p.shape)
-            for p in jax.tree.leaves(program.abstract_state["params"])
+        params = _count(program.abstract_state["params"])
+        trained = _count(
+            part_of(program.abstract_state["params"], program.spec.placements)
         )
         mesh = " x ".join(f"{axis}={size}" for axis, size in program.mesh.shape.items())
         shape = program.batch
@@ -364,8 +365,9 @@ class _Run:
             "settings that differ from the defaults: "
             + ", ".join(f"{field}={value!r}" for field, value, _ in diff(self.run))
         )
+        some = f", {format_count(trained)} of them trained" if trained < params else ""
         show(
-            f"model: {type(run.model).__module__}, {format_count(params)} parameters; ZeRO stage {run.zero.stage}, compute in {run.dtype.compute}"
+            f"model: {type(run.model).__module__}, {format_count(params)} parameters{some}; ZeRO stage {run.zero.stage}, compute in {run.dtype.compute}"
         )
         show(f"devices: {program.mesh.size} x {device.device_kind}, mesh {mesh}")
         show(
@@ -390,12 +392,19 @@ def memory_rows(
     program: Program, compiled: jax.stages.Compiled
 ) -> list[tuple[str, int]]:
     """Returns (class of arrays, bytes per device) of the train step; temporaries as the compiler counts them."""
-    state = program.abstract_state
+    state, placements = program.abstract_state, program.spec.placements
+    frozen = part_of(state["params"], placements, trained=False)
     rows = [
-        ("parameters (float32)", bytes_per_device(state["params"])),
+        (
+            "parameters (float32)",
+            bytes_per_device(part_of(state["params"], placements)),
+        ),
         ("optimizer state", bytes_per_device(state["opt"])),
         ("batch", bytes_per_device(program.abstract_batch())),
     ]
+    if frozen:
+        dtype = jax.tree.leaves(frozen)[0].dtype
+        rows.insert(1, (f"frozen parameters ({dtype})", bytes_per_device(frozen)))
     analysis = compiled.memory_analysis()
     if analysis is not None:
         rows.append(
@@ -405,6 +414,10 @@ def memory_rows(
             )
         )
     return rows
+
+
+def _count(abstract: PyTree) -> int:
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(abstract))
 
 
 def _collectives(ledger: Ledger) -> str:

@@ -9,7 +9,7 @@ start from here. Layer 3.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,8 +32,9 @@ from jaxspeed.config import (
 from jaxspeed.mesh import build_mesh
 from jaxspeed.objectives import objective_of
 from jaxspeed.optim import make_optimizer
+from jaxspeed.paths import matching, paths_of
 from jaxspeed.schedules import make_schedule
-from jaxspeed.sharding import is_placement, place_all
+from jaxspeed.sharding import is_placement, part_of, place_all
 from jaxspeed.state import make_init, master_shardings, state_shardings, with_shardings
 from jaxspeed.step import StepSpec, make_eval_fn, make_train_step
 from jaxspeed.topology import find_chip
@@ -259,45 +260,44 @@ def build_program(
     custom = make_model is not None
     make_model = make_model or run.model.build
     graphdef, params, dims = nn.abstract(lambda: make_model(nn.rngs(jax.random.key(0))))
-    placements = place_all(params, dims, sizes, run.zero)
+    frozen = _frozen(run, paths_of(params))
+    placements = place_all(params, dims, sizes, run.zero, frozen)
     platform = mesh.devices.flat[0].platform
     compute = jnp.dtype(run.dtype.compute)
-    if (
-        platform == "cpu"
-        and compute == jnp.bfloat16
-        and run.dtype.reduce == "compute"
-        and batch.shards > 1
-    ):
-        raise config_error(
-            "dtype.reduce",
-            "compute",
-            "XLA dies of a bfloat16 reduction on CPU (jaxlib 0.10)",
-            "give float32",
-        )
-    wide = run.dtype.activations == "float32" or (
-        run.dtype.activations == "auto" and platform == "cpu"
-    )
+    if batch.shards > 1:
+        _check_reduction(run, platform)
     spec = StepSpec(
         graphdef=graphdef,
         placements=placements,
         mesh=mesh,
         settings=Ambient(
-            compute=compute, activations=jnp.dtype(jnp.float32) if wide else compute, attention=run.attention,
+            compute=compute, activations=_dtype(run.dtype.activations, compute, platform), attention=run.attention,
             platform="gpu" if platform in ("cuda", "rocm") else platform, remat=run.remat, tensor=sizes["tensor"],
         ),
         loss_fn=loss_fn or objective_of(run).loss,
-        reduce_dtype=jnp.dtype(jnp.float32) if run.dtype.reduce == "float32" else compute,
+        reduce_dtype=_dtype(run.dtype.reduce, compute, platform),
         seed_scale=2.0 ** -round(math.log2(batch.global_size * (seq_len or run.seq_len))),
         dropout=custom or getattr(run.model, "dropout", 1.0) > 0.0,
     )  # fmt: skip
     schedule = make_schedule(run.schedule, run.optim.lr, run.steps)
-    masters = master_shardings(placements, mesh)
-    tx = make_optimizer(run.optim, run.schedule, run.steps, dims, placements=masters)
-    init = make_init(
-        lambda key: nn.initialise(lambda: make_model(nn.rngs(key))),
-        tx,
-        _loss_scale(run),
+    tx = make_optimizer(
+        run.optim,
+        run.schedule,
+        run.steps,
+        part_of(dims, placements),
+        placements=master_shardings(spec.trained, mesh),
     )
+    stored = _dtype(run.dtype.frozen, compute, platform)
+
+    def make_params(key: jax.Array) -> Params:
+        params = nn.initialise(lambda: make_model(nn.rngs(key)))
+        return jax.tree.map(
+            lambda p, place: p if place.trained else p.astype(stored),
+            params,
+            placements,
+        )
+
+    init = make_init(make_params, tx, _loss_scale(run), placements)
     abstract = jax.eval_shape(init, jax.random.key(0))
     abstract = with_shardings(abstract, state_shardings(abstract, placements, mesh))
     return Program(run, batch, spec, tx, schedule, abstract, init)
@@ -342,6 +342,39 @@ def notices(program: Program) -> list[str]:
             "which no parameter of this model is made for (jaxspeed.nn.param)"
         )
     return said
+
+
+def _frozen(run: RunConfig, paths: Collection[str]) -> set[str]:
+    """Returns the paths of the parameters that are not trained."""
+    frozen = {p for pattern in run.freeze for p in matching("freeze", pattern, paths)}
+    if frozen == set(paths):
+        raise config_error(
+            "freeze",
+            run.freeze,
+            "nothing is left to train",
+            "leave a pattern out",
+        )
+    return frozen
+
+
+def _dtype(choice: str, compute: Any, platform: str) -> Any:
+    """Returns float32 where that is chosen, or auto on a CPU; else the compute dtype."""
+    wide = choice == "float32" or (choice == "auto" and platform == "cpu")
+    return jnp.dtype(jnp.float32) if wide else compute
+
+
+def _check_reduction(run: RunConfig, platform: str) -> None:
+    if (platform, run.dtype.compute, run.dtype.reduce) == (
+        "cpu",
+        "bfloat16",
+        "compute",
+    ):
+        raise config_error(
+            "dtype.reduce",
+            "compute",
+            "XLA dies of a bfloat16 reduction on CPU (jaxlib 0.10)",
+            "give float32",
+        )
 
 
 def _loss_scale(run: RunConfig) -> LossScaleConfig | None:

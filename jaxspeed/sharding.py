@@ -10,7 +10,7 @@ gradient goes. No other module knows what a stage is. ADR 0001.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from jaxtyping import Array, Float
 
 from jaxspeed.ambient import current
 from jaxspeed.config import ZeroConfig
+from jaxspeed.paths import dotted
 from jaxspeed.types import PyTree
 
 
@@ -53,6 +54,8 @@ class Placement:
     """Negative index of the dim over `fsdp`, for the kinds in `sharded`."""
     sharded: frozenset[str]
     """Kinds of array that use `zero_dim`."""
+    trained: bool = True
+    """Whether it has a gradient and an update; a frozen one is the master alone."""
 
     @property
     def stacked(self) -> bool:
@@ -125,15 +128,51 @@ def place(
 
 
 def place_all(
-    params: PyTree, dims: PyTree, sizes: Mapping[str, int], zero: ZeroConfig
+    params: PyTree,
+    dims: PyTree,
+    sizes: Mapping[str, int],
+    zero: ZeroConfig,
+    frozen: Collection[str] = (),
 ) -> PyTree:
-    """Returns a tree of `Placement`s for a tree of (abstract) parameters."""
-    return jax.tree.map(
-        lambda p, d: place(p.shape, d, sizes, zero),
-        params,
-        dims,
-        is_leaf=lambda x: x is None,
+    """Returns a tree of `Placement`s for a tree of (abstract) parameters, those at `frozen` paths not trained."""
+
+    def one(path: Any, param: Any, dims: Any) -> Placement:
+        placement = place(param.shape, dims, sizes, zero)
+        return dataclasses.replace(placement, trained=dotted(path) not in frozen)
+
+    return jax.tree_util.tree_map_with_path(
+        one, params, dims, is_leaf=lambda x: x is None
     )
+
+
+def part_of(
+    tree: Mapping[str, Any], placements: Mapping[str, Any], *, trained: bool = True
+) -> dict[str, Any]:
+    """Returns the part of a nested dict that belongs to trained parameters, or to frozen ones.
+
+    Args:
+        tree: of the parameters' form; anything may stand where a parameter does.
+        placements: a `Placement` per parameter.
+        trained: which part.
+    """
+    part = {}
+    for name, below in placements.items():
+        if not isinstance(below, Placement):
+            inner = part_of(tree[name], below, trained=trained)
+            part |= {name: inner} if inner else {}
+        elif below.trained == trained:
+            part[name] = tree[name]
+    return part
+
+
+def with_part(tree: Mapping[str, Any], part: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a nested dict with the values of `part`, a part of one, in the place of its own."""
+    return {
+        name: part.get(name, value)
+        if not isinstance(value, Mapping)
+        else with_part(value, part.get(name, {}))
+        for name, value in tree.items()
+    }
 
 
 @jax.tree_util.register_dataclass

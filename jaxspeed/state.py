@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from jaxspeed.config import LossScaleConfig
 from jaxspeed.loss_scale import init_loss_scale
 from jaxspeed.optim import map_like_params
-from jaxspeed.sharding import is_placement
+from jaxspeed.sharding import is_placement, part_of
 from jaxspeed.types import Params, PyTree
 
 
@@ -26,15 +26,23 @@ def make_init(
     make_params: Callable[[jax.Array], Params],
     tx: optax.GradientTransformation,
     loss_scale: LossScaleConfig | None,
+    placements: PyTree,
 ) -> Callable[[jax.Array], PyTree]:
-    """Returns `key -> state`; to be jitted with out_shardings, never called eagerly on a large model."""
+    """Returns `key -> state`; to be jitted with out_shardings, never called eagerly on a large model.
+
+    Args:
+        make_params: makes all parameters of a key.
+        tx: the optimizer, which keeps state for those that are trained.
+        loss_scale: float16's dynamic scaling, None in other dtypes.
+        placements: a `Placement` per parameter.
+    """
 
     def init(key: jax.Array) -> PyTree:
         init_key, step_key = jax.random.split(key)
         params = make_params(init_key)
         return {
             "params": params,
-            "opt": tx.init(params),
+            "opt": tx.init(part_of(params, placements)),
             "step": jnp.zeros((), jnp.int32),
             "skipped": jnp.zeros((), jnp.int32),
             "key": step_key,

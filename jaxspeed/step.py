@@ -8,6 +8,7 @@ same way, so the compiler adds nothing but scalar sums (for element-wise optimiz
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +30,9 @@ from jaxspeed.sharding import (
     all_reduce,
     is_placement,
     is_weight,
+    part_of,
     reduce_scatter,
+    with_part,
 )
 from jaxspeed.types import Batch, LossFn, Params, PyTree, Sums
 
@@ -55,6 +58,11 @@ class StepSpec:
     dropout: bool
     """Whether the forward pass draws dropout masks in training."""
 
+    @functools.cached_property
+    def trained(self) -> PyTree:
+        """The placements of those parameters that are trained."""
+        return part_of(self.placements, self.placements)
+
 
 GradFn = Callable[[Params, Batch, jax.Array, jax.Array], tuple[PyTree, Sums]]
 
@@ -63,14 +71,14 @@ def make_grad_fn(spec: StepSpec) -> GradFn:
     """Returns `(params, batch, loss_scale, key) -> (gradients, sums)`, in the global view.
 
     Batch leaves are (A, B, T): micro-steps, then sequences over the batch axes. Gradients are of
-    the summed loss times loss_scale * seed_scale, and lie where the master parameters lie. The
-    sums are per micro-step, (A,).
+    the summed loss times loss_scale * seed_scale, and lie where the master parameters lie; a
+    frozen parameter has none. The sums are per micro-step, (A,).
     """
 
     def local(
         params: Params, batch: Batch, loss_scale: jax.Array, key: jax.Array
     ) -> tuple[PyTree, Sums]:
-        frozen = compute_weights(spec, params)
+        whole = compute_weights(spec, params)
         device_key = jax.random.fold_in(key, jax.lax.axis_index(BATCH_AXES))
 
         def micro_step(
@@ -84,12 +92,12 @@ def make_grad_fn(spec: StepSpec) -> GradFn:
             def scaled_loss(slots: PyTree) -> tuple[jax.Array, Sums]:
                 weights = jax.tree.map(
                     lambda w, slot: dataclasses.replace(w, slot=slot),
-                    frozen,
+                    part_of(whole, spec.placements),
                     slots,
                     is_leaf=is_weight,
                 )
                 with ambient(spec.settings, dropout_key=dropout_key):
-                    model = merge(spec.graphdef, weights)
+                    model = merge(spec.graphdef, with_part(whole, weights))
                     sums = _as_sums(spec.loss_fn(model, micro_batch))
                 return sums.total * (loss_scale * spec.seed_scale), sums
 
@@ -97,19 +105,20 @@ def make_grad_fn(spec: StepSpec) -> GradFn:
             return jax.tree.map(jnp.add, total, gradients), sums
 
         slots = jax.tree.map(
-            lambda p, place: _slot(p, place, spec.mesh), params, spec.placements
+            lambda p, place: _slot(p, place, spec.mesh),
+            part_of(params, spec.placements),
+            spec.trained,
         )
         steps = jnp.arange(jax.tree.leaves(batch)[0].shape[0])
         gradients, sums = jax.lax.scan(micro_step, slots, (dict(batch), steps))
         gradients = jax.tree.map(
-            lambda g, place: _final_reduction(g, place, spec),
-            gradients,
-            spec.placements,
+            lambda g, place: _final_reduction(g, place, spec), gradients, spec.trained
         )
         return gradients, jax.tree.map(lambda x: jax.lax.psum(x, BATCH_AXES), sums)
 
     others = (P(None, BATCH_AXES), P(), P())
-    return on_zero_axes(spec, local, others, (_master_specs(spec), P()))
+    specs = _master_specs(spec.trained)
+    return on_zero_axes(spec, local, others, (specs, P()))
 
 
 def manual_axes(mesh: Mesh) -> set[str]:
@@ -146,17 +155,17 @@ def on_zero_axes(
     return jax.shard_map(
         local,
         mesh=spec.mesh,
-        in_specs=(_master_specs(spec), *others),
+        in_specs=(_master_specs(spec.placements), *others),
         out_specs=out_specs,
         axis_names=manual_axes(spec.mesh),
         check_vma=False,
     )
 
 
-def _master_specs(spec: StepSpec) -> PyTree:
+def _master_specs(placements: PyTree) -> PyTree:
     return jax.tree.map(
         lambda place: place.spec("master", manual_only=True),
-        spec.placements,
+        placements,
         is_leaf=is_placement,
     )
 
@@ -197,10 +206,11 @@ def make_train_step(
         factor = jnp.where(norm > clipped, clipped / (norm + 1e-6), 1.0) / divisor
         gradients = jax.tree.map(lambda g: g * factor, gradients)
 
-        updates, new_opt = tx.update(gradients, opt, params, finite=finite)
+        trained = part_of(params, spec.placements)
+        updates, new_opt = tx.update(gradients, opt, trained, finite=finite)
         new_state = {
             **state,
-            "params": optax.apply_updates(params, updates),
+            "params": with_part(params, optax.apply_updates(trained, updates)),
             "opt": new_opt,
             "step": state["step"] + 1,
             "skipped": state["skipped"] + jnp.where(finite, 0, 1),

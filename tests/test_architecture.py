@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 
 LAYERS = {
     0: "checks config types",
-    1: "ambient cache launch ledger mesh nn ops remat sharding tensorfiles topology",
+    1: "ambient cache launch ledger mesh nn ops paths remat sharding tensorfiles topology",
     2: "checkpoint data deepspeed_json deepspeed_keys deepspeed_rules gguf_files hf loss_scale "
     "losses metrics objectives offload optim precision progress report schedules",
     3: "generate lora pipeline program state step",
