@@ -533,7 +533,7 @@ def _group(leaf: str) -> str:
 _ALONE = "or take the parameters alone with --init {path}"
 _OTHER = {
     "params": ("holds another model", "set model as it was"),
-    "opt": ("is of another optimizer", f"set optim as it was, {_ALONE}"),
+    "opt": ("is of another optimizer", f"set optim and freeze as they were, {_ALONE}"),
     "loss_scale": ("is of another dtype.compute", f"set dtype as it was, {_ALONE}"),
     "": ("holds another train state", f"use the code that saved it, {_ALONE}"),
 }

@@ -171,7 +171,7 @@ OPTIMIZER_FIELDS: Mapping[str, frozenset[str]] = {
         {"b1", "b2", "eps", "momentum", "nesterov", "muon_lr", "ns_steps"}
     ),
 }
-"""What each optimizer reads, beyond lr, weight_decay, decay and clip_norm."""
+"""What each optimizer reads, beyond lr, weight_decay, decay, the groups and clip_norm."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,6 +194,10 @@ class OptimConfig:
     """Decoupled decay; for adam, sgd and adagrad it is L2, for lamb it is inside the trust ratio."""
     decay: Literal["matrices", "all"] = "matrices"
     """What is decayed: matrices and embeddings only, or biases and norms too (DeepSpeed's way)."""
+    lr_groups: tuple[tuple[str, float], ...] = ()
+    """(pattern over parameter paths, factor on the learning rate), as in ("head.*", 10.0); of several that match, the last decides."""
+    decay_groups: tuple[tuple[str, float], ...] = ()
+    """(pattern, weight decay) in place of weight_decay and of what `decay` chooses; of several that match, the last decides."""
     clip_norm: float = 1.0
     """Global gradient norm above which gradients are scaled down; 0 is off. DeepSpeed: gradient_clipping."""
     momentum: float = 0.9
@@ -222,6 +226,10 @@ class OptimConfig:
         ):
             positive(f"optim.{name}", getattr(self, name), allow_zero=True)
         positive("optim.ns_steps", self.ns_steps)
+        for pattern, factor in self.lr_groups:
+            positive(f"optim.lr_groups: {pattern}", factor)
+        for pattern, decay in self.decay_groups:
+            positive(f"optim.decay_groups: {pattern}", decay, allow_zero=True)
         for name in ("b1", "b2", "momentum"):
             if not 0 <= getattr(self, name) < 1:
                 raise config_error(
@@ -231,6 +239,7 @@ class OptimConfig:
                     "give 0 <= value < 1",
                 )
         always = {"name", "lr", "weight_decay", "decay", "clip_norm"}
+        always |= {"lr_groups", "decay_groups"}
         reject_unread(self, "optim", always, OPTIMIZER_FIELDS)
 
 

@@ -29,6 +29,7 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxspeed.config import ConfigError, OptimConfig, ScheduleConfig, config_error
+from jaxspeed.paths import by_pattern, dotted
 from jaxspeed.schedules import make_momentum_schedule, make_schedule
 from jaxspeed.types import PyTree
 
@@ -67,7 +68,8 @@ def make_optimizer(
         muon         m = momentum m + (1 - momentum) g; p -= lr sqrt(max(1, out / in)) O(m)
 
     Weight decay is added to the gradient (L2) for adam, sgd and adagrad, is part of u for lamb,
-    and is p -= lr decay p for the others.
+    and is p -= lr decay p for the others. lr and decay are a parameter's own where a pattern of
+    `optim.lr_groups` or `optim.decay_groups` matches its dotted path.
 
     Args:
         optim: which optimizer, and its constants. `clip_norm` is not read here.
@@ -234,7 +236,10 @@ class _Leaf(NamedTuple):
     """Leading dims that count layers or experts."""
     embed: int | None
     """Index of "embed" if the other dims make a matrix: it and at least one more."""
-    decayed: bool
+    lr: float
+    """Factor on the learning rate."""
+    decay: float
+    """Weight decay."""
     hidden: bool
     """A matrix that is not an embedding or the output layer: Muon's."""
     sharding: NamedSharding | None
@@ -251,6 +256,11 @@ class _Step:
     b1: float | Float[Array, ""]
     momentum: float | Float[Array, ""]
     finite: Bool[Array, ""] | None
+
+    def rate(self, leaf: _Leaf, base: Array | None = None) -> Array:
+        """Returns the learning rate of a parameter: its factor times the base, `lr` by default."""
+        base = self.lr if base is None else base
+        return base if leaf.lr == 1.0 else base * leaf.lr
 
     def select(self, new: Array, old: jax.typing.ArrayLike) -> Array:
         """Returns `new`, or `old` in a skipped step."""
@@ -281,7 +291,7 @@ def _adam(
     at: _Step, leaf: _Leaf, g: Array, p: Array, old: Slots
 ) -> tuple[Array, Slots]:
     new = _moments(at, g, old)
-    rate = at.lr / at.correction(at.b1)
+    rate = at.rate(leaf) / at.correction(at.b1)
     scale = jax.lax.rsqrt(jnp.asarray(at.correction(float(at.optim.b2)), jnp.float32))
     delta = -rate * new["mu"] / (jnp.sqrt(new["nu"]) * scale + at.optim.eps)
     return delta, new
@@ -290,21 +300,21 @@ def _adam(
 def _adam_l2(
     at: _Step, leaf: _Leaf, g: Array, p: Array, old: Slots
 ) -> tuple[Array, Slots]:
-    return _adam(at, leaf, _l2(at, leaf, g, p), p, old)
+    return _adam(at, leaf, _l2(leaf, g, p), p, old)
 
 
 def _adamw(
     at: _Step, leaf: _Leaf, g: Array, p: Array, old: Slots
 ) -> tuple[Array, Slots]:
     delta, new = _adam(at, leaf, g, p, old)
-    return _decay(at, leaf, at.lr, delta, p), new
+    return _decay(leaf, at.rate(leaf), delta, p), new
 
 
 def _lamb(
     at: _Step, leaf: _Leaf, g: Array, p: Array, old: Slots
 ) -> tuple[Array, Slots]:
     new = _moments(at, g, old)
-    u = _l2(at, leaf, new["mu"] / (jnp.sqrt(new["nu"]) + at.optim.eps), p)
+    u = _l2(leaf, new["mu"] / (jnp.sqrt(new["nu"]) + at.optim.eps), p)
     axes = tuple(range(leaf.stacked, p.ndim))
     size = jnp.sqrt(jnp.sum(p * p, axes, keepdims=True))
     change = jnp.sqrt(jnp.sum(u * u, axes, keepdims=True))
@@ -312,7 +322,7 @@ def _lamb(
     ratio = size / jnp.where(usable, change, 1.0)
     ratio = jnp.clip(ratio, at.optim.min_coeff, at.optim.max_coeff)
     c1, c2 = at.correction(at.b1), at.correction(float(at.optim.b2))
-    rate = at.lr * jnp.sqrt(c2) / c1
+    rate = at.rate(leaf) * jnp.sqrt(c2) / c1
     return -rate * jnp.where(usable, ratio, 1.0) * u, new
 
 
@@ -321,11 +331,13 @@ def _init_sgd(optim: OptimConfig, leaf: _Leaf) -> Slots:
 
 
 def _sgd(at: _Step, leaf: _Leaf, g: Array, p: Array, old: Slots) -> tuple[Array, Slots]:
-    g = _l2(at, leaf, g, p)
+    g = _l2(leaf, g, p)
     if not old:
-        return -at.lr * g, old
+        return -at.rate(leaf) * g, old
     mu = at.select(at.momentum * old["mu"] + g, old["mu"])
-    return -at.lr * (g + at.momentum * mu if at.optim.nesterov else mu), {"mu": mu}
+    return -at.rate(leaf) * (g + at.momentum * mu if at.optim.nesterov else mu), {
+        "mu": mu
+    }
 
 
 def _init_lion(_: OptimConfig, leaf: _Leaf) -> Slots:
@@ -340,8 +352,8 @@ def _lion(
     # b1 mu + (1 - b1) g, but by the new mu where that is possible: a second reader of the old
     # one would have XLA copy it before it is overwritten.
     kept, b = (new, at.b1 / b2) if b2 else (mu, at.b1)
-    delta = -at.lr * jnp.sign(b * kept + (1 - b) * g)
-    return _decay(at, leaf, at.lr, delta, p), {"mu": new}
+    delta = -at.rate(leaf) * jnp.sign(b * kept + (1 - b) * g)
+    return _decay(leaf, at.rate(leaf), delta, p), {"mu": new}
 
 
 def _init_adagrad(_: OptimConfig, leaf: _Leaf) -> Slots:
@@ -351,9 +363,9 @@ def _init_adagrad(_: OptimConfig, leaf: _Leaf) -> Slots:
 def _adagrad(
     at: _Step, leaf: _Leaf, g: Array, p: Array, old: Slots
 ) -> tuple[Array, Slots]:
-    g = _l2(at, leaf, g, p)
+    g = _l2(leaf, g, p)
     total = at.select(old["sum"] + g * g, old["sum"])
-    return -at.lr * g / (jnp.sqrt(total) + at.optim.eps), {"sum": total}
+    return -at.rate(leaf) * g / (jnp.sqrt(total) + at.optim.eps), {"sum": total}
 
 
 _FACTORED = optax.scale_by_factored_rms()
@@ -392,7 +404,8 @@ def _adafactor(
     if "v" in old:
         new = {"v": _unlayers(leaf, state.v, p.shape)}
     new = {name: at.select(array, old[name]) for name, array in new.items()}
-    return _decay(at, leaf, at.lr, -at.lr * _unlayers(leaf, u, p.shape), p), new
+    rate = at.rate(leaf)
+    return _decay(leaf, rate, -rate * _unlayers(leaf, u, p.shape), p), new
 
 
 def _init_muon(optim: OptimConfig, leaf: _Leaf) -> Slots:
@@ -408,7 +421,8 @@ def _muon(
     mu = at.select(b * old["mu"] + (1 - b) * g, old["mu"])
     u = (1 - b) * g + b * mu if at.optim.nesterov else mu
     u = _orthogonalize_leaf(leaf, u, at.optim.ns_steps)
-    return _decay(at, leaf, at.matrix_lr, -at.matrix_lr * u, p), {"mu": mu}
+    rate = at.rate(leaf, at.matrix_lr)
+    return _decay(leaf, rate, -rate * u, p), {"mu": mu}
 
 
 class _Rule(NamedTuple):
@@ -438,12 +452,12 @@ def _moments(at: _Step, g: Array, old: Slots) -> Slots:
     }
 
 
-def _l2(at: _Step, leaf: _Leaf, x: Array, p: Array) -> Array:
-    return x + at.optim.weight_decay * p if leaf.decayed else x
+def _l2(leaf: _Leaf, x: Array, p: Array) -> Array:
+    return x + leaf.decay * p if leaf.decay else x
 
 
-def _decay(at: _Step, leaf: _Leaf, lr: Array, delta: Array, p: Array) -> Array:
-    return delta - (lr * at.optim.weight_decay) * p if leaf.decayed else delta
+def _decay(leaf: _Leaf, lr: Array, delta: Array, p: Array) -> Array:
+    return delta - (lr * leaf.decay) * p if leaf.decay else delta
 
 
 def _layers(leaf: _Leaf, x: Array) -> Array:
@@ -527,8 +541,19 @@ def _leaves(
     unknown = [None] * len(found)
     names = unknown if dims is None else treedef.flatten_up_to(dims)
     places = unknown if placements is None else treedef.flatten_up_to(placements)
+    paths = [dotted(path) for path, _ in found]
+    lrs = by_pattern("optim.lr_groups", optim.lr_groups, paths)
+    decays = by_pattern("optim.decay_groups", optim.decay_groups, paths)
     leaves = [
-        _leaf(optim, path, leaf.shape, name, place)
+        _leaf(
+            optim,
+            path,
+            leaf.shape,
+            name,
+            place,
+            lr=lrs.get(dotted(path), 1.0),
+            decay=decays.get(dotted(path)),
+        )
         for (path, leaf), name, place in zip(found, names, places, strict=True)
     ]
     if optim.name == "muon" and not any(leaf.hidden for leaf in leaves):
@@ -543,6 +568,9 @@ def _leaf(
     shape: tuple[int, ...],
     names: tuple[str | None, ...] | None,
     sharding: NamedSharding | None,
+    *,
+    lr: float,
+    decay: float | None,
 ) -> _Leaf:
     keys = tuple(getattr(key, "key", None) for key in path)
     where = "/".join(map(str, keys))
@@ -559,12 +587,15 @@ def _leaf(
         if "embed" in names[stacked:] and len(names) - stacked > 1:
             embed = names.index("embed", stacked)
     matrix = len(shape) > 1 if names is None else embed is not None
+    if decay is None:
+        decay = optim.weight_decay if matrix or optim.decay == "all" else 0.0
     return _Leaf(
         path=keys,
         shape=shape,
         stacked=stacked,
         embed=embed,
-        decayed=optim.weight_decay > 0 and (matrix or optim.decay == "all"),
+        lr=lr,
+        decay=decay,
         hidden=embed is not None and not set(_NOT_HIDDEN) & set(names or ()),
         sharding=sharding,
     )

@@ -72,6 +72,9 @@ def test_overrides_are_typed(overridden: Callable[..., RunConfig]) -> None:
     assert (run.global_batch_size, run.micro_batch_size) == (None, 2)
     assert (run.remat, run.model.num_layers, run.process_id) == ("full", 3, -1)
     assert overridden("--data.weights").data.weights == ()
+    groups = overridden("--optim.lr_groups", "embed", "0.1", "*.b", "2").optim.lr_groups
+    assert groups == (("embed", 0.1), ("*.b", 2.0))
+    assert overridden("--freeze", "embed", "*.scale").freeze == ("embed", "*.scale")
 
 
 NAMES_TO_KEEP = [

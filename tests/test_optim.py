@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The optimizers against their formulas in float64 numpy, parameter by parameter."""
 
+import dataclasses
 import functools
 import math
 import re
@@ -282,6 +283,36 @@ def test_ten_updates_equal_the_formula(case):
             mine if layer is None else mine[layer], want, rtol=3e-5, atol=3e-6,
             err_msg=f"{keys} layer {layer}",
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_group_of_a_pattern_has_its_own_rate_and_decay_the_last_one_deciding(name):
+    cfg = OptimConfig(
+        name=name, lr=0.02, weight_decay=0.3,
+        lr_groups=(("blocks.*", 10.0), ("*.wo", 0.5)),
+        decay_groups=(("*.w*", 0.0), ("*.scale", 0.4)),
+    )  # fmt: skip
+    params, grads = make_tree(0), [make_grads(seed) for seed in (1, 2, 3)]
+    got, _ = train(make_optimizer(cfg, CONSTANT, 3, DIMS), params, grads)
+    decays = {"embed": 0.3, "position": 0.3, "odd": 0.3, "scale": 0.4}
+    for keys, layer, p, gs in each_tensor(params, grads):
+        lr = 0.02 * (0.5 if keys[-1] == "wo" else 10.0 if len(keys) > 1 else 1.0)
+        lr = 0.02 if keys[0] == "norm" else lr
+        own = dataclasses.replace(cfg, lr=lr)
+        extra = {"name": keys[-1]} if name == "muon" else {}
+        want = ORACLES[name](own, p, gs, decays.get(keys[-1], 0.0), **extra)
+        mine = at_path(got, keys)
+        np.testing.assert_allclose(
+            mine if layer is None else mine[layer], want, rtol=3e-5, atol=3e-6,
+            err_msg=f"{keys} layer {layer}",
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("field", ["lr_groups", "decay_groups"])
+def test_group_of_no_parameter_is_refused(field):
+    cfg = OptimConfig(**{field: (("block.*", 2.0),)})
+    with pytest.raises(ConfigError, match=f"optim.{field}='block.*': matches none"):
+        make_optimizer(cfg, CONSTANT, 1, DIMS).init(make_tree(0))
 
 
 def test_decay_all_decays_every_parameter():
