@@ -7,5 +7,8 @@ FAMILIES = {
     "mistral": "models.llama",
     "qwen2": "models.llama",
     "qwen3": "models.llama",
+    "t5": "models.t5",
+    "mt5": "models.t5",
+    "whisper": "models.whisper",
 }
 """The module of each `model_type` of Hugging Face that is done here."""
