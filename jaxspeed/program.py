@@ -21,9 +21,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 from jaxspeed import nn
 from jaxspeed.ambient import Ambient
+from jaxspeed.batch import BatchShape
 from jaxspeed.config import (
     BATCH_AXES,
-    BatchShape,
     ConfigError,
     LossScaleConfig,
     RunConfig,

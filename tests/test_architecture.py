@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 LAYERS = {
-    0: "checks config types",
+    0: "batch checks config types",
     1: "ambient cache launch ledger mesh nn ops paths remat sharding tensorfiles topology",
     2: "checkpoint data deepspeed_json deepspeed_keys deepspeed_rules gguf_files hf loss_scale "
     "losses metrics objectives offload optim precision progress report schedules",
@@ -176,9 +176,10 @@ def test_optional_packages_are_imported_where_they_are_needed(path: Path) -> Non
     assert not early, f"import inside the function that needs it: {early}"
 
 
-@by_path([ROOT / "jaxspeed" / name for name in ("checks.py", "config.py")])
+@by_path([ROOT / "jaxspeed" / f"{name}.py" for name in ("batch", "checks", "config")])
 def test_config_needs_only_the_standard_library(path: Path) -> None:
-    others = {m for m, _ in imports(path) if m != "jaxspeed.checks"}
+    ours = {"jaxspeed.batch", "jaxspeed.checks"}
+    others = {m for m, _ in imports(path)} - ours
     assert {m.split(".")[0] for m in others} <= sys.stdlib_module_names
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from jaxspeed import config as configs
+from jaxspeed.batch import BatchShape, resolve_batch
 from jaxspeed.config import (
     OPTIMIZER_FIELDS,
     SCHEDULE_FIELDS,
@@ -17,7 +18,6 @@ from jaxspeed.config import (
     TASK_FIELDS,
     TASK_METRICS,
     TASK_SETTINGS,
-    BatchShape,
     CheckpointConfig,
     ConfigError,
     DataConfig,
@@ -31,7 +31,6 @@ from jaxspeed.config import (
     TaskConfig,
     ZeroConfig,
     diff,
-    resolve_batch,
     suggest,
     to_dict,
 )
