@@ -222,7 +222,7 @@ def _open_files(origin: Origin, files: list[Path], reader: Reader[T]) -> Source[
     parts = [reader.kinds[str(_kind(file, reader))](origin, file) for file in files]
     source = parts[0] if len(parts) == 1 else Joined(origin.value, parts)
     if not len(source):
-        raise origin.error("holds no text", "give a file that is not empty")
+        raise origin.error("holds nothing to read", "give a file that is not empty")
     return source
 
 

@@ -363,6 +363,22 @@ def _json_text(origin: Origin, record: Record, where: str, text_field: str) -> s
 # .parquet -----------------------------------------------------------------------------
 
 
+def open_parquet(origin: Origin, file: Path) -> Any:
+    """Returns an open `pyarrow.parquet.ParquetFile`.
+
+    Raises:
+        ConfigError: it is not whole.
+    """
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    try:
+        return parquet.ParquetFile(file)
+    except (pa.ArrowInvalid, OSError) as err:
+        why = f"is not a whole parquet file ({first_line(err)})"
+        raise origin.error(why, "get the file again") from err
+
+
 def _parquet_index(
     origin: Origin, file: Path, text_field: str, cache_dir: Path
 ) -> FileIndex:
@@ -392,19 +408,13 @@ def _parquet_index(
 def _parquet_texts(origin: Origin, file: Path, text_field: str) -> Iterator[bytes]:
     """Yields the texts that are not empty, as UTF-8."""
     import pyarrow as pa
-    from pyarrow import parquet
 
-    try:
-        table = parquet.ParquetFile(file)
-        schema = table.schema_arrow
-    except (pa.ArrowInvalid, OSError) as err:
-        why = f"is not a whole parquet file ({first_line(err)})"
-        raise origin.error(why, "get the file again") from err
-    if text_field not in schema.names:
-        raise origin.no_field("has no column", text_field, schema.names)
-    batches = table.iter_batches(batch_size=1024, columns=[text_field])
     row = 0
-    with table:
+    with open_parquet(origin, file) as table:
+        names = table.schema_arrow.names
+        if text_field not in names:
+            raise origin.no_field("has no column", text_field, names)
+        batches = table.iter_batches(batch_size=1024, columns=[text_field])
         while True:
             try:
                 batch = next(batches, None)

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import tensorflow_datasets as tfds
+from pyarrow import parquet
 
 from jaxspeed.config import ConfigError, DataConfig
 from jaxspeed.data.corpus import open_record_corpus
@@ -201,7 +203,7 @@ def test_half_a_surrogate_pair_is_replaced(tmp_path: Path, opened: Opened) -> No
         ),
         ('{"text": "x", "label": 1}\n{"text": "y"', "line 2, the last, is cut off"),
         ('{"text": "x", "label": 1}\n[]\n', "line 2 is a list, not an object"),
-        ("\n\n", "holds no text"),
+        ("\n\n", "holds nothing to read"),
     ],
 )
 def test_bad_json_lines_are_named(
@@ -216,6 +218,147 @@ def test_file_without_fields_is_named(tmp_path: Path, opened: Opened) -> None:
     (tmp_path / "a.txt").write_text("x")
     with pytest.raises(ConfigError, match=r"kind of file that is read here; give"):
         opened(tmp_path / "a.txt", "text")
+
+
+# Other files --------------------------------------------------------------------------
+
+
+def write_csv(
+    path: Path, text: str = 'text,label\n"a, ""b""\nc",1\n\n\u20ac,2\n'
+) -> Path:
+    path.write_text(text.replace(",", "\t") if path.suffix == ".tsv" else text)
+    return path
+
+
+@pytest.mark.parametrize("kind", [".csv", ".tsv"])
+def test_csv_rows_are_records_of_text(
+    tmp_path: Path, opened: Opened, kind: str
+) -> None:
+    source = opened(write_csv(tmp_path / f"a{kind}"), "label", "text")
+    mark = "\t" if kind == ".tsv" else ","
+    assert [source[index] for index in range(len(source))] == [
+        {"label": "1", "text": f'a{mark} "b"\nc'},
+        {"label": "2", "text": "\u20ac"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("text,lable\nx,1\n", r"the first line has no field 'label', .* mean 'lable'"),
+        ("text,label\nx,1\ny\n", "the row to line 3 has 1 cells, not 2"),
+        ('text,label\n"x,1\n', "the row from offset 11 to line 2 is not CSV"),
+        ("text,text,label\n", "has several columns 'text'"),
+        ("text,label\n", "holds nothing to read"),
+        ("", "the first line has no field 'text', only"),
+    ],
+)
+def test_bad_csv_is_named(
+    tmp_path: Path, opened: Opened, text: str, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        opened(write_csv(tmp_path / "a.csv", text), "text", "label")
+
+
+def test_csv_that_is_not_utf8_is_named(tmp_path: Path, opened: Opened) -> None:
+    (tmp_path / "a.csv").write_bytes(b"\xef\xbb\xbftext\nx\n\xff\n")
+    with pytest.raises(ConfigError, match="line 3 is not UTF-8 text"):
+        opened(tmp_path / "a.csv", "text")
+
+
+NESTED = {"translation": [{"de": f"d{n}", "en": f"e{n}"} for n in range(2500)]}
+COLUMNS = NESTED | {"n": list(range(2500)), "tags": [["x"]] * 2500}
+
+
+def test_parquet_rows_are_records(tmp_path: Path, opened: Opened) -> None:
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pa.table(COLUMNS), path, row_group_size=700)
+    source = opened(path, "n", "translation.de", "tags")
+    assert len(source) == 2500
+    for index in (0, 699, 700, 1999, 2499):
+        wanted = {"n": index, "translation.de": f"d{index}", "tags": ["x"]}
+        assert same(source[index], wanted)
+    assert opened(path, "n", "translation.de", "tags").fingerprint == source.fingerprint
+    with pytest.raises(ConfigError, match=r"has no column 'm', only .*'n'"):
+        opened(path, "m")
+    with pytest.raises(ConfigError, match=r"no field 'translation.fr', .*mean 'transl"):
+        opened(path, "translation.fr")
+    path.write_bytes(path.read_bytes()[:-50])
+    with pytest.raises(ConfigError, match="is not a whole parquet file"):
+        opened(path, "n")
+
+
+SQUAD = {
+    "version": "v2.0",
+    "data": [
+        {
+            "title": "t",
+            "paragraphs": [
+                {
+                    "context": "one two",
+                    "qas": [
+                        {"id": "a", "question": "?", "answers": []},
+                        {
+                            "id": "b",
+                            "question": "!",
+                            "answers": [{"text": "two", "answer_start": 4}],
+                        },
+                    ],
+                }
+            ],
+        }
+    ],
+}
+
+
+def test_squad_json_gives_a_record_per_question(tmp_path: Path, opened: Opened) -> None:
+    (tmp_path / "train-v2.0.json").write_text(json.dumps(SQUAD))
+    (tmp_path / "dev-v2.0.json").write_text(json.dumps(SQUAD | {"data": []}))
+    source = opened(tmp_path, "id", "context", "answers")
+    assert [source[0], source[1]] == [
+        {"id": "a", "context": "one two", "answers": {"text": [], "answer_start": []}},
+        {
+            "id": "b",
+            "context": "one two",
+            "answers": {"text": ["two"], "answer_start": [4]},
+        },
+    ]
+    with pytest.raises(ConfigError, match="holds nothing to read"):
+        opened(tmp_path, "id", split="validation")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"data": [', r"is not whole JSON \("),
+        (
+            '{"data": [{}]}',
+            r"is not in SQuAD's format \(KeyError: 'paragraphs'\); give",
+        ),
+        ("[1]", "is not in SQuAD's format"),
+        (json.dumps(SQUAD), r"a question has no field 'answer', .* mean 'answers'"),
+    ],
+)
+def test_bad_squad_json_is_named(
+    tmp_path: Path, opened: Opened, text: str, message: str
+) -> None:
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        opened(tmp_path / "a.json", "answer")
+
+
+@pytest.mark.parametrize("kind", [".jsonl", ".csv"])
+def test_file_that_changes_while_it_is_read_is_named(
+    tmp_path: Path, opened: Opened, kind: str
+) -> None:
+    path = tmp_path / f"a{kind}"
+    path.write_text(
+        '{"text": "xxxxxxx"}\n' if kind == ".jsonl" else "text\nxxxxxxxxxx\n"
+    )
+    source = opened(path, "text")
+    path.write_text("")
+    with pytest.raises(ConfigError, match="changed while it was in use"):
+        _ = source[0]
 
 
 # Holding out --------------------------------------------------------------------------

@@ -122,7 +122,7 @@ def test_records_that_are_no_text_are_named(tmp_path: Path, opened: Opened) -> N
 
 def test_file_without_records_holds_no_text(tmp_path: Path, opened: Opened) -> None:
     path = write_records(tmp_path / "a.array_record", [])
-    with pytest.raises(ConfigError, match="holds no text"):
+    with pytest.raises(ConfigError, match="holds nothing to read"):
         opened(path)
 
 

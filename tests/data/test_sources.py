@@ -102,7 +102,7 @@ def test_error_in_a_folder_names_the_file(
             "its name does not say that it is a kind of file .*; give .txt,",
         ),
         ("nothing", "the folder holds no .txt, .jsonl, .parquet or .array_record file"),
-        ("blank", "holds no text; give a file that is not empty"),
+        ("blank", "holds nothing to read; give a file that is not empty"),
     ],
 )
 def test_path_that_gives_nothing_is_named(

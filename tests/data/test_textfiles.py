@@ -124,8 +124,8 @@ def test_byte_order_mark_and_carriage_returns_are_dropped(
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"", "holds no text"),
-        (b"\xef\xbb\xbf", "holds no text"),
+        (b"", "holds nothing to read"),
+        (b"\xef\xbb\xbf", "holds nothing to read"),
         (b"abc\xff\xfeabc", "byte 0xff at offset 3, invalid start byte"),
         (b"a" * 70 + b"\xc3", "byte 0xc3 at offset 70, unexpected end of data"),
         (b"a" * 63 + b"\xe2\x82(", "byte 0xe2 at offset 63, invalid continuation"),
@@ -206,9 +206,9 @@ def test_thousands_of_empty_documents_are_left_out(
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        (b"", "holds no text"),
-        (b"\n\n\n", "holds no text"),
-        (b'{"text": ""}\n', "holds no text"),
+        (b"", "holds nothing to read"),
+        (b"\n\n\n", "holds nothing to read"),
+        (b'{"text": ""}\n', "holds nothing to read"),
         (b'{"text": "a"}\n{"te', "line 2, the last, is cut off"),
         (b'{"text": "a"}\nplain\n', r"line 2 is not JSON \(Expecting value"),
         (b'[{"text": "a"}]\n', "line 1 is a list, not an object"),

@@ -121,7 +121,7 @@ def write_data(kind: str, path: Path) -> list[str]:
     text = "some text, long enough to be cut. " * 500
     if kind == "empty.txt":
         path.write_bytes(b"")
-        return ["holds no text"]
+        return ["holds nothing to read"]
     if kind == "binary.txt":
         path.write_bytes(bytes(range(256)) * 40)
         return ["is a binary file"]
