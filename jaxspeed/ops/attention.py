@@ -14,12 +14,12 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxspeed.ambient import current
 from jaxspeed.cache import Cache
 from jaxspeed.config import ConfigError
-from jaxspeed.ops.cpu_attention import HIDDEN_SCORE, cpu_attention
+from jaxspeed.ops.cpu_attention import HIDDEN_SCORE, Reach, cpu_attention
 from jaxspeed.sharding import shard
 
 
@@ -41,6 +41,12 @@ class Form(NamedTuple):
     crossed: bool = False
     """Keys belong to another sequence than queries."""
 
+    @property
+    def reach(self) -> Reach:
+        """How many tokens (behind, ahead of) a query its keys may lie."""
+        side = self.window - 1 if self.window else None
+        return side, 0 if self.causal else side
+
 
 def attention(
     q: Float[Array, "B T N H"],
@@ -51,6 +57,7 @@ def attention(
     key_segment_ids: Int[Array, "B S"] | None = None,
     causal: bool = True,
     window: int = 0,
+    windowed: Bool[Array, ""] | None = None,
     bias: Bias | None = None,
     scale: float | None = None,
 ) -> Float[Array, "B T N H"]:
@@ -66,35 +73,55 @@ def attention(
         segment_ids: document of each token in the row; None: one document.
         key_segment_ids: the same for keys of another sequence (an encoder's); None: the queries' own.
         causal: hide keys after the query.
-        window: hide keys that lie this many tokens or more before the query; 0: none.
+        window: hide keys that lie this many tokens or more from the query; 0: none.
+        windowed: whether the window is in force, where the layers of a scan differ; None: it is.
         bias: from distances to what is added to the scores (T5's relative positions).
         scale: of the scores; None: 1 / sqrt(H).
     """
-    settings = current()
-    if settings.cache is not None and causal:
-        return _cached(settings.cache, q, k, v, segment_ids, window, bias, scale)
-    crossed = key_segment_ids is not None or q.shape[1] != k.shape[1]
-    form = Form(causal, window, bias is not None, crossed)
-    if form.crossed:
+    cache = current().cache
+    if cache is not None and causal:
+        return _cached(cache, q, k, v, segment_ids, window, windowed, bias, scale)
+    T, S = q.shape[1], k.shape[1]
+    crossed = key_segment_ids is not None or T != S
+    if crossed and (causal or window):
+        raise ValueError(
+            "keys of another sequence have no order here: give causal=False and no window"
+        )
+    if crossed and (segment_ids is not None or key_segment_ids is not None):
         segment_ids = _ones(q) if segment_ids is None else segment_ids
         key_segment_ids = _ones(k) if key_segment_ids is None else key_segment_ids
-    added = None if bias is None else bias(_distances(q.shape[1], k.shape[1]))
-    return _by_kernel(q, k, v, segment_ids, key_segment_ids, form, added, scale)
+    form = Form(causal, window, bias is not None, crossed)
+    added = None if bias is None else bias(_distances(T, S))
+    return _in_form(form, windowed, q, k, v, segment_ids, key_segment_ids, added, scale)
+
+
+def _in_form(form: Form, windowed: Array | None, q: Array, *args: Any) -> Array:
+    if form.window >= q.shape[1]:
+        form = form._replace(window=0)
+    if windowed is None or not form.window:
+        return _by_kernel(form, q, *args)
+    forms = form, form._replace(window=0)
+    return jax.lax.cond(windowed, *(lambda f=f: _by_kernel(f, q, *args) for f in forms))
 
 
 def _by_kernel(
+    form: Form,
     q: Array,
     k: Array,
     v: Array,
     segment_ids: Array | None,
     key_segment_ids: Array | None,
-    form: Form,
     bias: Array | None,
     scale: float | None,
 ) -> Array:
     settings = current()
     chosen, _ = choose_attention(
-        settings.attention, settings.platform, settings.compute, q.shape, form
+        settings.attention,
+        settings.platform,
+        settings.compute,
+        q.shape,
+        form,
+        k.shape[1],
     )
     if scale is not None:  # the kernels divide by sqrt(H)
         q = q * (scale * q.shape[-1] ** 0.5)
@@ -117,6 +144,7 @@ def _cached(
     v: Array,
     segment_ids: Array | None,
     window: int,
+    windowed: Array | None,
     bias: Bias | None,
     scale: float | None,
 ) -> Array:
@@ -140,7 +168,7 @@ def _cached(
         cache.keep(tuple(jnp.pad(turned(x), room) for x in (k, v)))
         form = Form(True, window, bias is not None)
         added = None if bias is None else bias(_distances(T, T))
-        return _by_kernel(q, k, v, segment_ids, None, form, added, scale)
+        return _in_form(form, windowed, q, k, v, segment_ids, None, added, scale)
     keys, values = (
         jax.lax.dynamic_update_slice_in_dim(old, turned(new), cache.start, 2)
         for old, new in zip(before, (k, v), strict=True)
@@ -151,7 +179,8 @@ def _cached(
     distance = _distances(T, S) - cache.start
     seen = distance <= 0
     if window:
-        seen &= distance > -window
+        near = distance > -window
+        seen &= near if windowed is None else near | ~windowed
     q = (q * (H**-0.5 if scale is None else scale)).astype(settings.compute)
     q = q.astype(kept_dtype).reshape(B, T, K, N // K, H)
     scores = jnp.einsum(
@@ -183,16 +212,18 @@ def choose_attention(
     compute: Any,
     q_shape: tuple[int, ...],
     form: Form = Form(),  # noqa: B008 - it is immutable
+    num_keys: int | None = None,
 ) -> tuple[str, str]:
     """Returns (kernel, why) for this device, dtype, shape and form; says so once in the log.
+
+    There are as many keys as queries where `num_keys` is None.
 
     Raises:
         ConfigError: the kernel asked for cannot run here.
     """
-    refusals = {
-        name: refuse(platform, jnp.dtype(compute).name, q_shape, form)
-        for name, refuse in _REFUSALS.items()
-    }
+    lengths = q_shape[1], q_shape[1] if num_keys is None else num_keys
+    case = _Case(platform, jnp.dtype(compute).name, *lengths, q_shape[3], form)
+    refusals = {name: refuse(case) for name, refuse in _REFUSALS.items()}
     if asked != "auto":
         if refusals[asked]:
             raise ConfigError(
@@ -231,40 +262,49 @@ def _over_tensor(
     return run
 
 
-def _refuse_splash(
-    platform: str, dtype: str, q_shape: tuple[int, ...], form: Form
-) -> str:
-    if platform != "tpu":
+class _Case(NamedTuple):
+    """What a kernel is chosen by."""
+
+    platform: str
+    dtype: str
+    queries: int
+    keys: int
+    head_dim: int
+    form: Form
+
+
+def _refuse_splash(case: _Case) -> str:
+    if case.platform != "tpu":
         return "needs a TPU"
-    if q_shape[1] % 128:
-        return f"needs a sequence that divides by 128, not {q_shape[1]}"
-    if q_shape[3] % 64:
-        return f"needs a head_dim that divides by 64, not {q_shape[3]}"
-    return _refuse_all_but_causal(form)
+    for length in (case.queries, case.keys):
+        if length % 128:
+            return f"needs a sequence that divides by 128, not {length}"
+    if case.head_dim % 64:
+        return f"needs a head_dim that divides by 64, not {case.head_dim}"
+    return "adds no bias" if case.form.biased else ""
 
 
-def _refuse_cudnn(
-    platform: str, dtype: str, q_shape: tuple[int, ...], form: Form
-) -> str:
-    if platform != "gpu":
+def _refuse_cudnn(case: _Case) -> str:
+    if case.platform != "gpu":
         return "needs an NVIDIA GPU"
-    if dtype == "float32":
+    if case.dtype == "float32":
         return "needs bfloat16 or float16"
-    if q_shape[3] % 8 or q_shape[3] > 128:
-        return f"needs a head_dim of at most 128 that divides by 8, not {q_shape[3]}"
-    return _refuse_all_but_causal(form)
+    if case.head_dim % 8 or case.head_dim > 128:
+        return f"needs a head_dim of at most 128 that divides by 8, not {case.head_dim}"
+    for length in (case.queries, case.keys):
+        if length % 2:  # where there is a bias; and segments are one, to it
+            return f"needs an even sequence, not {length}"
+    if case.form.window and not case.form.causal:
+        return "has windows in causal attention only"
+    return ""
 
 
-def _refuse_cpu(platform: str, dtype: str, q_shape: tuple[int, ...], form: Form) -> str:
-    return _refuse_all_but_causal(form) if platform == "cpu" else "is for CPUs"
+def _refuse_cpu(case: _Case) -> str:
+    return "" if case.platform == "cpu" else "is for CPUs"
 
 
-def _refuse_all_but_causal(form: Form) -> str:
-    return "" if form == Form() else "does causal self-attention only"
-
-
-def _refuse_xla(platform: str, dtype: str, q_shape: tuple[int, ...], form: Form) -> str:
-    wide = platform != "cpu" or dtype != "float16"
+def _refuse_xla(case: _Case) -> str:
+    wide = case.platform != "cpu" or case.dtype != "float16"
     return "" if wide else "has no float16 products on a CPU"
 
 
@@ -294,16 +334,17 @@ def _xla(
     form: Form,
     implementation: Any = "xla",
 ) -> Array:
-    # Behind the query; a window of 1 is the token itself.
-    window = (form.window - 1, 0 if form.causal else form.window - 1)
+    window: Any = form.reach if form.window else None
+    if bias is not None:
+        bias = bias[None] if implementation == "xla" else bias[None].astype(q.dtype)
     return jax.nn.dot_product_attention(
         q,
         k,
         v,
-        None if bias is None else bias[None],
+        bias,
         _mask(segment_ids, key_segment_ids),
         is_causal=form.causal,
-        local_window_size=window if form.window else None,
+        local_window_size=window,
         implementation=implementation,
     )
 
@@ -318,8 +359,7 @@ def _cpu(
     *,
     form: Form,
 ) -> Array:
-    del key_segment_ids, bias, form
-    return cpu_attention(q, k, v, segment_ids)
+    return cpu_attention(q, k, v, segment_ids, key_segment_ids, bias, reach=form.reach)
 
 
 def _splash(
@@ -332,27 +372,38 @@ def _splash(
     *,
     form: Form,
 ) -> Array:
-    del key_segment_ids, bias, form
+    del bias  # refused
     from jax.experimental.pallas.ops.tpu.splash_attention import (
         splash_attention_kernel as kernel,
         splash_attention_mask as masks,
     )
 
-    T, N, K = q.shape[1], q.shape[2], k.shape[2]
-    mask = masks.MultiHeadMask([masks.CausalMask((T, T)) for _ in range(N)])
-    block = next(b for b in (1024, 512, 256, 128) if T % b == 0)
+    T, S, N, K = q.shape[1], k.shape[1], q.shape[2], k.shape[2]
+    if form.reach == (None, None):
+        mask = masks.FullMask((T, S))
+    else:
+        mask = masks.LocalMask((T, S), form.reach, 0)
+    size = functools.partial(_largest_divisor, (1024, 512, 256, 128))
+    t, s = size(T), size(S)
     sizes = kernel.BlockSizes(
-        block_q=block, block_kv=block, block_kv_compute=block, block_q_dkv=block, block_kv_dkv=block,
-        block_kv_dkv_compute=block, block_q_dq=block, block_kv_dq=block,
+        block_q=t, block_kv=s, block_kv_compute=s, block_q_dkv=t, block_kv_dkv=s,
+        block_kv_dkv_compute=s, block_q_dq=t, block_kv_dq=s,
     )  # fmt: skip
-    run = kernel.make_splash_mha_single_device(mask, block_sizes=sizes)
+    run = kernel.make_splash_mha_single_device(
+        masks.MultiHeadMask([mask] * N), block_sizes=sizes
+    )
     k, v = (jnp.repeat(x, N // K, axis=2) for x in (k, v))
     q, k, v = (x.swapaxes(1, 2) for x in (q * q.shape[-1] ** -0.5, k, v))
-    segments = (
-        None if segment_ids is None else kernel.SegmentIds(segment_ids, segment_ids)
-    )
+    segments = None
+    if segment_ids is not None:
+        theirs = segment_ids if key_segment_ids is None else key_segment_ids
+        segments = kernel.SegmentIds(segment_ids, theirs)
     attended: Any = jax.vmap(run)(q, k, v, segments)
     return attended.swapaxes(1, 2)
+
+
+def _largest_divisor(candidates: tuple[int, ...], length: int) -> int:
+    return next(size for size in candidates if length % size == 0)
 
 
 _KERNELS: dict[str, Callable[..., Array]] = {

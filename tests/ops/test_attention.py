@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention equals its formula, values and gradients; the choice of kernel says why."""
 
+import functools
 import logging
 from typing import Any
 
@@ -10,9 +11,16 @@ import numpy as np
 import pytest
 
 from jaxspeed.ambient import ambient
+from jaxspeed.cache import Cache
 from jaxspeed.config import ConfigError
-from jaxspeed.ops import attention
-from jaxspeed.ops.attention import _REFUSALS, Form, _splash, choose_attention
+from jaxspeed.ops import attention, cpu_attention
+from jaxspeed.ops.attention import (
+    _REFUSALS,
+    Form,
+    _Case,
+    _splash,
+    choose_attention,
+)
 
 
 RNG = np.random.default_rng(0)
@@ -30,7 +38,7 @@ SEGMENTS = {
 KERNELS = [
     name
     for name, refuse in _REFUSALS.items()
-    if not refuse("cpu", "float32", (B, T, N, H), Form())
+    if not refuse(_Case("cpu", "float32", T, T, H, Form()))
 ]
 HEADS = {"multi-head": 4, "grouped": 2, "multi-query": 1}
 
@@ -53,6 +61,202 @@ def oracle(q: Any, k: Any, v: Any, segments: np.ndarray | None) -> Any:
     )
     return jnp.einsum(
         "BNTS,BSNH->BTNH", weights / jnp.sum(weights, -1, keepdims=True), v
+    )
+
+
+S = 7
+KEY_SEGMENTS = np.array([[1, 1, 2, 3, 0, 2, 3], [4, 5, 5, 0, 5, 0, 0]], np.int32)
+"""Of another sequence, with some for each document of "packed"."""
+
+FORMS: dict[str, dict[str, Any]] = {
+    "causal": {},
+    "window": {"window": 3},
+    "both ways": {"causal": False},
+    "both ways, window": {"causal": False, "window": 3},
+    "scale": {"scale": 0.5},
+    "bias": {"bias": True},
+    "bias both ways": {"bias": True, "causal": False},
+    "cross": {"keys": S, "causal": False},
+    "cross, bias": {"keys": S, "causal": False, "bias": True},
+    "cross, segments": {"keys": S, "causal": False, "key_segment_ids": KEY_SEGMENTS},
+}
+
+
+def formula(
+    q: Any,
+    k: Any,
+    v: Any,
+    segments: Any,
+    key_segments: Any = None,
+    *,
+    causal: bool = True,
+    window: int = 0,
+    bias: Any = None,
+    scale: float | None = None,
+) -> Any:
+    """Returns attention by its definition, for every form."""
+    T, S, G = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
+    distance = np.arange(S)[None] - np.arange(T)[:, None]
+    allowed = np.ones((1, T, S), bool)
+    if causal:
+        allowed = allowed & (distance <= 0)[None]
+    if window:
+        allowed = allowed & (np.abs(distance) < window)[None]
+    if segments is not None:
+        theirs = segments if key_segments is None else key_segments
+        allowed = allowed & (segments[:, :, None] == theirs[:, None, :])
+    k, v = (jnp.repeat(x, G, axis=2) for x in (k, v))
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scores = jnp.einsum("BTNH,BSNH->BNTS", q, k) * scale
+    if bias is not None:
+        scores += bias(distance)[None]
+    weights = jax.nn.softmax(jnp.where(allowed[:, None], scores, -jnp.inf), -1)
+    return jnp.einsum("BNTS,BSNH->BTNH", weights, v)
+
+
+def in_form(f: Any, form: dict[str, Any], segments: Any) -> Any:
+    """Returns `(q, k, v, table) -> f's attention`, where the table holds the bias of each distance."""
+    fixed = {n: x for n, x in form.items() if n not in ("bias", "keys")}
+    fixed, segments = jax.tree.map(_array, (fixed, segments))
+
+    def run(q: Any, k: Any, v: Any, table: Any) -> Any:
+        bias = (lambda d: table[:, d + T]) if form.get("bias") else None
+        return f(q, k, v, segments, bias=bias, **fixed)
+
+    return run
+
+
+def peers(f: Any, form: dict[str, Any], segments: Any) -> Any:
+    fixed = {n: x for n, x in form.items() if n != "key_segment_ids"}
+    keys = form.get("key_segment_ids")
+    g = lambda q, k, v, _, **more: f(q, k, v, segments, keys, **more)
+    return in_form(g, fixed, segments)
+
+
+def values_and_gradients(f: Any, args: Any, g: jax.Array) -> list[Any]:
+    @jax.jit
+    def run(*args: jax.Array) -> list[jax.Array]:
+        y, pull = jax.vjp(f, *args)
+        return [y, *pull(g.astype(y.dtype))]
+
+    return run(*args)
+
+
+def of_form(form: dict[str, Any], num_kv_heads: int = 2) -> tuple[jax.Array, ...]:
+    """Returns q, k, v, the table of the bias, and a cotangent of the result."""
+    keys, rng = form.get("keys", T), np.random.default_rng(0)
+    shapes = [(B, T, N, H), *[(B, keys, num_kv_heads, H)] * 2, (N, 2 * T), (B, T, N, H)]
+    return tuple(jnp.asarray(rng.normal(size=s), jnp.float32) for s in shapes)
+
+
+@functools.cache
+def by_the_formula(name: str) -> list[Any]:
+    form = FORMS[name]
+    *args, g = of_form(form)
+    return values_and_gradients(peers(formula, form, segments_of(name)), args, g)
+
+
+def segments_of(name: str) -> Any:
+    whole = "cross" in name and "segments" not in name
+    return None if whole else SEGMENTS["packed"]
+
+
+@pytest.mark.parametrize("kernel", [*KERNELS, "cpu in blocks"])
+@pytest.mark.parametrize("name", list(FORMS))
+def test_every_form_equals_the_formula_with_gradients(
+    name: str, kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    form = FORMS[name]
+    if kernel == "cpu in blocks":
+        monkeypatch.setattr(cpu_attention, "_block", lambda length, reach: 5)
+    *args, g = of_form(form)
+    with ambient(attention=kernel.split()[0]):
+        run = in_form(attention, form, segments_of(name))
+        ours = values_and_gradients(run, args, g)
+    for a, b in zip(ours, by_the_formula(name), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("name", ["bias both ways", "cross, segments", "window"])
+def test_every_form_in_low_precision_is_close(name: str, kernel: str) -> None:
+    form, low = FORMS[name], jnp.bfloat16
+    *args, g = of_form(form)
+    with ambient(attention=kernel, compute=low, activations=low):
+        run = in_form(attention, form, segments_of(name))
+        ours = values_and_gradients(run, args, g)
+    for a, b in zip(ours, by_the_formula(name), strict=True):
+        scale = np.abs(b).max()
+        np.testing.assert_allclose(np.asarray(a, np.float32), b, atol=3e-2 * scale)
+
+
+@pytest.mark.parametrize("windowed", [True, False])
+def test_a_layer_of_a_scan_may_have_the_window_or_not(windowed: bool) -> None:
+    *args, g = of_form({})
+    switched = {"window": 3, "windowed": jnp.asarray(windowed)}
+    ours = values_and_gradients(in_form(attention, switched, None), args, g)
+    form = {"window": 3} if windowed else {}
+    theirs = values_and_gradients(in_form(formula, form, None), args, g)
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_a_window_of_the_whole_sequence_is_none() -> None:
+    program = lambda **form: str(
+        jax.make_jaxpr(lambda q, k, v: attention(q, k, v, **form))(*of_form({})[:3])
+    )
+    assert (
+        program(window=T) == program(window=T, windowed=jnp.asarray(True)) == program()
+    )
+    assert program(window=T - 1) != program()
+
+
+def test_keys_of_another_sequence_have_no_order() -> None:
+    q, k, v, *_ = of_form({"keys": S})
+    for form in ({}, {"causal": False, "window": 3}):
+        with pytest.raises(ValueError, match="give causal=False and no window"):
+            attention(q, k, v, **form)
+
+
+WRITTEN: dict[str, dict[str, Any]] = {
+    name: FORMS[name] for name in ("causal", "window", "scale", "bias")
+} | {
+    "bias, window": {"bias": True, "window": 3},
+    "windowed": {"window": 3, "windowed": jnp.asarray(True)},
+    "not windowed": {"window": 3, "windowed": jnp.asarray(False)},
+}
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+@pytest.mark.parametrize("name", list(WRITTEN))
+def test_reading_the_cache_equals_the_whole_sequence(name: str, platform: str) -> None:
+    """In passes of four tokens (the first), one, three and one; the second row begins with padding."""
+    form, size = WRITTEN[name], T + 2
+    *args, _ = of_form(form)
+    padding = np.array([[1] * T, [0] * 2 + [1] * (T - 2)], np.int32)
+    with ambient(attention="xla"):
+        whole = jax.jit(in_form(attention, form, padding))(*args)
+    kept, parts = None, []
+    q, k, v, table = args
+    for start, stop in ((0, 4), (4, 5), (5, 8), (8, 9)):
+        visible = np.pad(padding > 0, [(0, 0), (0, size - T)])
+        visible &= np.arange(size)[None] < stop
+
+        @jax.jit
+        def write(kept: Any, start: Any, visible: Any, q: Any, k: Any, v: Any) -> Any:
+            first = kept is None
+            cache = Cache(size, visible, None if first else start, kept)
+            segments = padding[:, :4] if first else None
+            with ambient(cache=cache, attention="xla", platform=platform):
+                out = in_form(attention, form, segments)(q, k, v, table)
+            return out, cache.kept
+
+        now = (x[:, start:stop] for x in (q, k, v))
+        part, kept = write(kept, jnp.asarray(start), jnp.asarray(visible), *now)
+        parts.append(part)
+    real = padding > 0
+    np.testing.assert_allclose(
+        np.concatenate(parts, 1)[real], whole[real], rtol=1e-5, atol=1e-5
     )
 
 
@@ -217,6 +421,44 @@ def test_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     assert "splash: needs a TPU; cudnn: needs an NVIDIA GPU" in why
 
 
+SPLASH = {
+    "causal": Form(),
+    "window": Form(window=100),
+    "both ways": Form(causal=False),
+    "both ways, window": Form(causal=False, window=100),
+    "cross": Form(causal=False, crossed=True),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", list(SPLASH))
+def test_splash_kernel_interpreted_equals_the_formula_with_gradients(
+    name: str, packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_kernel as kernel,
+    )
+
+    make = functools.partial(kernel.make_splash_mha_single_device, interpret=True)
+    monkeypatch.setattr(kernel, "make_splash_mha_single_device", make)
+    form, T = SPLASH[name], 256
+    keys = 128 if form.crossed else T
+    shapes = [(1, T, 2, 64), (1, keys, 1, 64), (1, keys, 1, 64), (1, T, 2, 64)]
+    q, k, v, g = (jnp.asarray(RNG.normal(size=s), jnp.float32) for s in shapes)
+    ids = theirs = None
+    if packed:
+        ids = jnp.repeat(jnp.asarray([[1, 2]]), T // 2, axis=1)
+        theirs = ids[:, ::-2] if form.crossed else None
+    splash = lambda q, k, v: _splash(q, k, v, ids, theirs, form=form)
+    plain = lambda q, k, v: formula(
+        q, k, v, ids, theirs, causal=form.causal, window=form.window
+    )
+    ours = values_and_gradients(splash, (q, k, v), g)
+    for a, b in zip(ours, values_and_gradients(plain, (q, k, v), g), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("num_kv_heads", [4, 2])
 def test_splash_kernel_lowers_for_a_tpu(packed: bool, num_kv_heads: int) -> None:
@@ -230,6 +472,10 @@ def test_splash_kernel_lowers_for_a_tpu(packed: bool, num_kv_heads: int) -> None
         shape(4), shape(num_kv_heads), shape(num_kv_heads), ids
     )
     assert "tpu_custom_call" in traced.lower(lowering_platforms=("tpu",)).as_text()
+
+
+def _array(x: Any) -> Any:
+    return jnp.asarray(x) if isinstance(x, np.ndarray) else x
 
 
 def _ids(segments: str) -> jax.Array | None:
