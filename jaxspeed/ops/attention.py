@@ -78,15 +78,14 @@ def attention(
         bias: from distances to what is added to the scores (T5's relative positions).
         scale: of the scores; None: 1 / sqrt(H).
     """
-    cache = current().cache
-    if cache is not None and causal:
-        return _cached(cache, q, k, v, segment_ids, window, windowed, bias, scale)
-    T, S = q.shape[1], k.shape[1]
+    T, S, cache = q.shape[1], k.shape[1], current().cache
     crossed = key_segment_ids is not None or T != S
     if crossed and (causal or window):
         raise ValueError(
             "keys of another sequence have no order here: give causal=False and no window"
         )
+    if cache is not None and causal:
+        return _cached(cache, q, k, v, segment_ids, window, windowed, bias, scale)
     if crossed and (segment_ids is not None or key_segment_ids is not None):
         segment_ids = _ones(q) if segment_ids is None else segment_ids
         key_segment_ids = _ones(k) if key_segment_ids is None else key_segment_ids
@@ -169,6 +168,7 @@ def _cached(
         form = Form(True, window, bias is not None)
         added = None if bias is None else bias(_distances(T, T))
         return _in_form(form, windowed, q, k, v, segment_ids, None, added, scale)
+    assert cache.start is not None
     keys, values = (
         jax.lax.dynamic_update_slice_in_dim(old, turned(new), cache.start, 2)
         for old, new in zip(before, (k, v), strict=True)

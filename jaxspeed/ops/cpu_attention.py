@@ -118,9 +118,11 @@ def _attend_bwd(
     B, K, G, T, H = q.shape
     S = k.shape[2]
     delta = jnp.sum(g * unpack(attended, dtype).astype(jnp.float32), -1)
-    block = _block(S, reach)
+    # Each block's part is added to that of d_q which it reaches: where this is all, to fewer.
+    block = _block(S, reach) * (2 if reach == (None, None) else 1)
     blocks = [slice(start, min(start + block, S)) for start in range(0, S, block)]
-    pairs = [(keys, _reached(keys, T, reach[::-1])) for keys in blocks]
+    behind, ahead = reach
+    pairs = [(keys, _reached(keys, T, (ahead, behind))) for keys in blocks]
 
     def one(d_biases: list[Array], sequence: Any) -> tuple[list[Array], Any]:
         q, k, v, normaliser, delta, g, *segments = sequence

@@ -19,6 +19,7 @@ from jaxspeed.ops.attention import (
     Form,
     _Case,
     _splash,
+    _xla,
     choose_attention,
 )
 
@@ -106,8 +107,8 @@ def formula(
         theirs = segments if key_segments is None else key_segments
         allowed = allowed & (segments[:, :, None] == theirs[:, None, :])
     k, v = (jnp.repeat(x, G, axis=2) for x in (k, v))
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    scores = jnp.einsum("BTNH,BSNH->BNTS", q, k) * scale
+    scores = jnp.einsum("BTNH,BSNH->BNTS", q, k)
+    scores = scores * (q.shape[-1] ** -0.5 if scale is None else scale)
     if bias is not None:
         scores += bias(distance)[None]
     weights = jax.nn.softmax(jnp.where(allowed[:, None], scores, -jnp.inf), -1)
@@ -398,6 +399,7 @@ def test_kernel_is_chosen_by_device_dtype_and_shape(
         ("cudnn", "gpu", "float32", (2, 256, 4, 64), "needs bfloat16 or float16"),
         ("xla", "cpu", "float16", (2, 256, 4, 64), "float16"),
         ("splash", "tpu", "float32", (2, 100, 4, 64), "divides by 128, not 100"),
+        ("cudnn", "gpu", "bfloat16", (2, 201, 4, 64), "an even sequence, not 201"),
     ],
 )
 def test_kernel_that_cannot_run_is_refused(
@@ -407,6 +409,28 @@ def test_kernel_that_cannot_run_is_refused(
         ConfigError, match=f"attention={asked!r} cannot run here: .*{why}.*; give auto"
     ):
         choose_attention(asked, platform, jnp.dtype(dtype), shape)
+
+
+@pytest.mark.parametrize(
+    ("platform", "form", "keys", "chosen", "why"),
+    [
+        ("tpu", Form(causal=False, window=64), None, "splash", "cudnn: needs"),
+        ("tpu", Form(causal=False, crossed=True), 384, "splash", "cudnn: needs"),
+        ("tpu", Form(causal=False, crossed=True), 100, "xla", "by 128, not 100"),
+        ("tpu", Form(biased=True), None, "xla", "splash: adds no bias"),
+        ("gpu", Form(window=64, biased=True), None, "cudnn", "splash: needs a TPU"),
+        ("gpu", Form(causal=False, crossed=True), 101, "xla", "sequence, not 101"),
+        ("gpu", Form(causal=False, window=64), None, "xla", "in causal attention only"),
+        ("cpu", Form(causal=False, window=64, biased=True), None, "cpu", "splash"),
+    ],
+)
+def test_kernel_is_chosen_by_form(
+    platform: str, form: Form, keys: int | None, chosen: str, why: str
+) -> None:
+    case = ("auto", platform, jnp.dtype("bfloat16"), (2, 256, 4, 64), form, keys)
+    kernel, reason = choose_attention(*case)
+    assert kernel == chosen
+    assert why in reason
 
 
 def test_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
@@ -472,6 +496,39 @@ def test_splash_kernel_lowers_for_a_tpu(packed: bool, num_kv_heads: int) -> None
         shape(4), shape(num_kv_heads), shape(num_kv_heads), ids
     )
     assert "tpu_custom_call" in traced.lower(lowering_platforms=("tpu",)).as_text()
+
+
+CUDNN = SPLASH | {
+    "bias": Form(biased=True),
+    "cross, bias": Form(causal=False, biased=True, crossed=True),
+}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", [n for n in CUDNN if n != "both ways, window"])
+def test_cudnn_kernel_lowers_for_a_gpu(
+    name: str, packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
+    form, B, T, N = CUDNN[name], 2, 256, 4
+    keys = 128 if form.crossed else T
+    shape = lambda *s, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(s, dtype)
+    q, k = shape(B, T, N, 64), shape(B, keys, 2, 64)
+    bias = shape(N, T, keys, dtype=jnp.float32) if form.biased else None
+    ids = shape(B, T, dtype=jnp.int32) if packed else None
+    theirs = shape(B, keys, dtype=jnp.int32) if packed and form.crossed else None
+
+    def loss(q: Any, k: Any, v: Any, bias: Any, ids: Any, theirs: Any) -> jax.Array:
+        out = _xla(q, k, v, ids, theirs, bias, form=form, implementation="cudnn")
+        return jnp.sum(out.astype(jnp.float32))
+
+    argnums = (0, 1, 2, 3) if form.biased else (0, 1, 2)
+    traced = jax.jit(jax.grad(loss, argnums)).trace(q, k, k, bias, ids, theirs)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert "fmha" in text
+    assert "SoftmaxBackward" in text
 
 
 def _array(x: Any) -> Any:
