@@ -349,6 +349,18 @@ class ScheduleConfig:
         reject_unread(self, "schedule", {"name"}, SCHEDULE_FIELDS)
 
 
+CleaningStep = Literal[
+    "html",
+    "nfc",
+    "nfkc",
+    "control",
+    "stop_words",
+    "whitespace",
+    "duplicates",
+    "near_duplicates",
+]
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Where the text comes from and how it becomes tokens."""
@@ -363,6 +375,8 @@ class DataConfig:
     """Share of documents held out when there is no eval_path and no validation split."""
     text_field: str = "text"
     """The column or key that holds the text."""
+    clean: tuple[CleaningStep, ...] = ()
+    """What is done to texts: `html` (tags and entities), `nfc` or `nfkc` (Unicode forms), `control` (characters without a shape), `stop_words` (English ones removed), `whitespace`, in this order; `duplicates` or `near_duplicates` leaves out repeated items, and those that are held out."""
     tokenizer: str = "byte"
     """`byte`; `bpe` (trained on the training text to model.vocab_size, kept in the run directory); or the path of a tokenizer.json."""
     document_mask: bool = True
@@ -399,6 +413,11 @@ class DataConfig:
                 "a share lies between 0 and 1",
                 "give for instance 0.05",
             )
+        for pair in (("nfc", "nfkc"), ("duplicates", "near_duplicates")):
+            if set(pair) <= set(self.clean):
+                why = f"{pair[1]!r} does what {pair[0]!r} does, and more"
+                change = f"leave out {pair[0]!r}"
+                raise config_error("data.clean", self.clean, why, change)
         positive("data.prefetch", self.prefetch)
 
 

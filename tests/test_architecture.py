@@ -44,8 +44,10 @@ MODELS_MAY_IMPORT = {
 }
 
 LAZY = {
+    "datasketch",
     "pyarrow",
     "safetensors",
+    "sklearn",
     "tensorboard",
     "tensorflow_datasets",
     "tokenizers",

@@ -6,7 +6,7 @@ split does not change with the seed, the tokenizer or the number of processes. A
 held-out split, or `data.eval_path`, takes the place of that.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic
@@ -15,7 +15,8 @@ import numpy as np
 from jaxtyping import Int64
 
 from jaxspeed.config import ConfigError, DataConfig, config_error
-from jaxspeed.data.documents import Record, Source, T
+from jaxspeed.data.clean import STEPS, Cleaned, Seen, clean_strings, make_cleaner
+from jaxspeed.data.documents import Record, Selected, Source, T
 from jaxspeed.data.examples import record_reader
 from jaxspeed.data.sources import Reader, canonical, files_of, open_path, text_reader
 
@@ -43,27 +44,22 @@ class Corpus(Generic[T]):
         return f"{count:,} {self.noun}s ({size / 1000**power:.3g} {unit})"
 
 
-class Subset(Generic[T]):
-    """The held-out items of a source, or all the others."""
+class _Others(Generic[T]):
+    """The items of a source that are not held out."""
 
-    def __init__(self, source: Source[T], held: Int64[np.ndarray, " N"], *, keep: bool):
+    def __init__(self, source: Source[T], held: Int64[np.ndarray, " N"]):
         self.name = source.name
         self._source = source
-        self._held = held
-        self._keep = keep
         # Held-out item k has held[k] - k others before it.
         self._others_before = held - np.arange(len(held))
-        share = len(self) / len(source)
-        self.num_bytes = round(source.num_bytes * share)
-        self.fingerprint = source.fingerprint ^ (len(held) << 33) ^ (keep << 32)
+        self._count = len(source) - len(held)
+        self.num_bytes = round(source.num_bytes * self._count / len(source))
+        self.fingerprint = source.fingerprint ^ (len(held) << 33)
 
     def __len__(self) -> int:
-        held = len(self._held)
-        return held if self._keep else len(self._source) - held
+        return self._count
 
     def __getitem__(self, index: int) -> T:
-        if self._keep:
-            return self._source[int(self._held[index])]
         skipped = np.searchsorted(self._others_before, index, side="right")
         return self._source[index + int(skipped)]
 
@@ -76,10 +72,13 @@ def open_corpus(cfg: DataConfig) -> Corpus[str]:
             be held out.
     """
     cache_dir = Path(cfg.cache_dir).expanduser()
-    return _open(cfg, text_reader(cfg.text_field, cache_dir), "document")
+    corpus = _open(cfg, text_reader(cfg.text_field, cache_dir), "document")
+    return _cleaned(cfg, corpus, make_cleaner(cfg.clean))
 
 
-def open_record_corpus(cfg: DataConfig, fields: Sequence[str]) -> Corpus[Record]:
+def open_record_corpus(
+    cfg: DataConfig, fields: Sequence[str], targets: Sequence[str] = ()
+) -> Corpus[Record]:
     """Opens everything that the data configuration names, as records.
 
     A set that has no validation split holds out its test split.
@@ -87,16 +86,29 @@ def open_record_corpus(cfg: DataConfig, fields: Sequence[str]) -> Corpus[Record]
     Args:
         cfg: the data configuration.
         fields: what is wanted of each record, as in `examples.open_examples`.
+        targets: those of the fields that keep their stop words.
 
     Raises:
         ConfigError: a path is missing, empty, damaged or has no such field; or no record
             can be held out.
     """
     cache_dir = Path(cfg.cache_dir).expanduser()
-    return _open(cfg, record_reader(fields, cache_dir), "record")
+    corpus = _open(cfg, record_reader(fields, cache_dir), "record")
+    clean = make_cleaner(cfg.clean)
+    clean_target = make_cleaner([name for name in cfg.clean if name != "stop_words"])
+
+    def clean_record(record: Record) -> Record:
+        return {
+            name: clean_strings(value, clean_target if name in targets else clean)
+            for name, value in record.items()
+        }
+
+    for source in corpus.train if set(cfg.clean) & set(STEPS) else ():
+        _check_no_offsets(cfg, source[0])
+    return _cleaned(cfg, corpus, clean_record)
 
 
-def split(source: Source[T], fraction: float) -> tuple[Subset[T], Subset[T]]:
+def split(source: Source[T], fraction: float) -> tuple[Source[T], Source[T]]:
     """Returns the items to train on and those held out.
 
     Of two items or more at least one is held out and one is not.
@@ -104,7 +116,7 @@ def split(source: Source[T], fraction: float) -> tuple[Subset[T], Subset[T]]:
     count = len(source)
     wanted = min(max(round(count * fraction), 1), count - 1)
     held = (2 * np.arange(wanted, dtype=np.int64) + 1) * count // (2 * max(wanted, 1))
-    return Subset(source, held, keep=False), Subset(source, held, keep=True)
+    return _Others(source, held), Selected(source, held)
 
 
 def _open(cfg: DataConfig, reader: Reader[T], noun: str) -> Corpus[T]:
@@ -131,6 +143,36 @@ def _open(cfg: DataConfig, reader: Reader[T], noun: str) -> Corpus[T]:
             "give data.eval_path, or more text",
         )
     return Corpus(tuple(train), tuple(held_out), noun)
+
+
+def _cleaned(cfg: DataConfig, corpus: Corpus[T], clean: Callable[[T], T]) -> Corpus[T]:
+    """Returns a corpus as `data.clean` has it."""
+    held_out, train = corpus.held_out, corpus.train
+    if set(cfg.clean) & set(STEPS):
+        held_out = tuple(Cleaned(source, clean) for source in held_out)
+        train = tuple(Cleaned(source, clean) for source in train)
+    near = "near_duplicates" in cfg.clean
+    if near or "duplicates" in cfg.clean:
+        seen = Seen(near=near)
+        held_out = tuple(seen.unseen(source) for source in held_out)
+        train = tuple(seen.unseen(source) for source in train)
+    for source in train:
+        if not len(source):
+            why = f"each {corpus.noun} of {source.name} is held out, or another's repetition"
+            raise config_error("data.clean", cfg.clean, why, "leave out that path")
+    return Corpus(train, tuple(filter(len, held_out)), corpus.noun)
+
+
+def _check_no_offsets(cfg: DataConfig, record: Record) -> None:
+    """Raises if cleaning would shift what a record points to."""
+    for name, value in record.items():
+        if isinstance(value, dict) and "answer_start" in value:
+            raise config_error(
+                "data.clean",
+                cfg.clean,
+                f"field {name!r} says where in another an answer begins, which cleaning shifts",
+                f"leave out {sorted(set(cfg.clean) & set(STEPS))}",
+            )
 
 
 def _check_unseen(path: str, trained_on: tuple[str, ...], reader: Reader[T]) -> None:

@@ -22,6 +22,7 @@ from typing import (
 )
 
 import numpy as np
+from jaxtyping import Int64
 
 from jaxspeed.config import ConfigError, config_error, suggest
 
@@ -91,6 +92,23 @@ class Joined(Generic[T]):
     def __getitem__(self, index: int) -> T:
         part = int(np.searchsorted(self._starts, index, side="right")) - 1
         return self._parts[part][index - int(self._starts[part])]
+
+
+class Selected(Generic[T]):
+    """The items of a source at some indices, in the order of those."""
+
+    def __init__(self, source: Source[T], indices: Int64[np.ndarray, " N"]):
+        self.name = source.name
+        self.num_bytes = round(source.num_bytes * len(indices) / max(len(source), 1))
+        self.fingerprint = combine([source.fingerprint, zlib.crc32(indices.tobytes())])
+        self._source = source
+        self._indices = indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: int) -> T:
+        return self._source[int(self._indices[index])]
 
 
 @contextlib.contextmanager

@@ -203,6 +203,7 @@ def _identity(
     texts = [f"{source.fingerprint:x}" for source in corpus.train]
     return {
         "data.path (its text)": texts,
+        "data.clean": sorted(cfg.clean) or None,
         "data.weights": list(cfg.weights),
         "data.shuffle": cfg.shuffle,
         "data.tokenizer": tokenizer.fingerprint,
