@@ -21,6 +21,9 @@ PRODUCTS = frozenset(
 )
 """Primitives whose results are dear: matrix products and attention kernels."""
 
+RECURRENCE_NAME = "recurrence"
+"""The checkpoint name of a recurrent layer's states and gates: computing them again is a scan over time."""
+
 NORMALISER_NAME = "normaliser"
 """The checkpoint name of attention's log-sum-exp, where a kernel holds it."""
 
@@ -49,5 +52,5 @@ def checkpoint_layer(layer: Callable[..., Any], policy: str) -> Callable[..., An
 
 def _keep_products(primitive: Any, *_: Any, **params: Any) -> bool:
     if primitive.name == "name":
-        return params["name"] in ATTENTION_NAMES
+        return params["name"] in ATTENTION_NAMES | {RECURRENCE_NAME}
     return primitive.name in PRODUCTS

@@ -10,5 +10,9 @@ FAMILIES = {
     "t5": "models.t5",
     "mt5": "models.t5",
     "whisper": "models.whisper",
+    "opt": "models.opt",
+    "rnn": "models.rnn",
+    "vision-encoder-decoder": "models.image_text",
+    "vit": "models.vit",
 }
 """The module of each `model_type` of Hugging Face that is done here."""

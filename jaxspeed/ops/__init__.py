@@ -11,5 +11,6 @@ from jaxspeed.ops.pointwise import (
     gelu as gelu,
     silu_gate as silu_gate,
 )
+from jaxspeed.ops.recurrence import recurrence as recurrence
 from jaxspeed.ops.remember import remember as remember
 from jaxspeed.ops.rope import rotate as rotate

@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LSTM and GRU language models: layers of torch.nn.LSTM or torch.nn.GRU between embedding and output.
+
+An embedding, recurrent layers of one width, and an output embedding, its own or the same; where
+the embedding is narrower than the layers, a projection to their width and back (arXiv 1611.01462
+ties, 1409.2329 drops out between layers only). The state is zero where a document begins. Hugging
+Face has no such family; its folders hold the `state_dict` of the torch module that docs/families.md
+shows. Differs: nothing is carried from one row of tokens to the next.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from jaxspeed import ops
+from jaxspeed.hf import Exchange, Row, required, setting
+from jaxspeed.nn import Layers, param
+from jaxspeed.sharding import shard
+
+
+GATES = {"lstm": 4, "gru": 3}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Sizes of a recurrent language model."""
+
+    cell: Literal["lstm", "gru"] = "lstm"
+    """Kind of layer."""
+    vocab_size: int = 50_257
+    """Rows of the embedding (V)."""
+    num_layers: int = 2
+    """Recurrent layers (L)."""
+    d_model: int = 1024
+    """Width of their state (D)."""
+    d_embed: int = 0
+    """Width of the embedding, with a projection to d_model and back where it is another; 0 means d_model."""
+    tie_embeddings: bool = True
+    """One matrix for input and output embedding."""
+    dropout: float = 0.0
+    """Share dropped after the embedding and after each layer."""
+
+    def __post_init__(self) -> None:
+        """Checks the kind of layer."""
+        if self.cell not in GATES:
+            raise ValueError(f"model.cell={self.cell!r}: give {' or '.join(GATES)}")
+
+    @property
+    def embed_width(self) -> int:
+        """Width of the embedding, resolved."""
+        return self.d_embed or self.d_model
+
+    @property
+    def projected(self) -> bool:
+        """Whether the embedding has another width than the layers."""
+        return self.embed_width != self.d_model
+
+    def build(self, rngs: nnx.Rngs) -> "RNN":
+        """Returns a new model."""
+        return RNN(self, rngs)
+
+    def num_params(self) -> int:
+        """Returns the number of parameters."""
+        D, P = self.d_model, GATES[self.cell]
+        embeddings = (1 if self.tie_embeddings else 2) * self.vocab_size
+        layers = self.num_layers * P * (2 * D * D + 2 * D)
+        return (embeddings + 2 * D * self.projected) * self.embed_width + layers
+
+    def flops_per_token(self, seq_len: int) -> float:
+        """Returns model FLOPs of forward and backward for one token, whatever the sequence is."""
+        D, P = self.d_model, GATES[self.cell]
+        outside = (self.vocab_size + 2 * D * self.projected) * self.embed_width
+        return 6.0 * (outside + self.num_layers * P * 2 * D * D)
+
+
+NORMAL = jax.nn.initializers.normal(0.02)
+SCALED = jax.nn.initializers.lecun_normal(in_axis=0, out_axis=(1, 2))
+ZEROS = jax.nn.initializers.zeros
+
+
+class Block(nnx.Module):
+    """A recurrent layer."""
+
+    def __init__(self, cfg: Config, rngs: nnx.Rngs) -> None:
+        D, P = cfg.d_model, GATES[cfg.cell]
+        self.cell, self.dropout = cfg.cell, cfg.dropout
+        self.w_in = param(SCALED, rngs, (D, P, D), ("embed", "gates", "state"))
+        self.w_rec = param(SCALED, rngs, (D, P, D), ("embed", "gates", "state"))
+        self.b_in = param(ZEROS, rngs, (P, D), ("gates", "state"))
+        self.b_rec = param(ZEROS, rngs, (P, D), ("gates", "state"))
+
+    def __call__(
+        self, x: Float[Array, "B T D"], segment_ids: Int[Array, "B T"] | None
+    ) -> Float[Array, "B T D"]:
+        """Returns the layer's outputs."""
+        x = shard(x, "batch", "seq", "embed")
+        h = ops.recurrence(
+            self.cell,
+            x,
+            self.w_in[...],
+            self.w_rec[...],
+            self.b_in[...],
+            self.b_rec[...],
+            segment_ids,
+        )
+        return ops.dropout(h, self.dropout, site=0)
+
+
+class RNN(nnx.Module):
+    """The decoder. `hidden` and `output_embedding` make it a `jaxspeed.types.CausalLM`."""
+
+    def __init__(self, cfg: Config, rngs: nnx.Rngs) -> None:
+        V, D, E = cfg.vocab_size, cfg.d_model, cfg.embed_width
+        self.dropout, self.projected = cfg.dropout, cfg.projected
+        self.tied = cfg.tie_embeddings
+        self.embed = param(NORMAL, rngs, (V, E), ("vocab", "embed"))
+        if cfg.projected:
+            self.w_enter = param(NORMAL, rngs, (E, D), ("embed", "embed"))
+            self.w_leave = param(NORMAL, rngs, (D, E), ("embed", "embed"))
+        self.layers = Layers(lambda rngs: Block(cfg, rngs), cfg.num_layers, rngs)
+        if not cfg.tie_embeddings:
+            self.lm_head = param(NORMAL, rngs, (V, E), ("vocab", "embed"))
+
+    def hidden(
+        self,
+        inputs: Int[Array, "B T"],
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T D"]:
+        """Returns the last layer's outputs, in the width of the embedding. Positions change nothing."""
+        del positions
+        x = ops.dropout(ops.embed(self.embed[...], inputs), self.dropout, site=1)
+        if self.projected:
+            x = ops.linear(x, self.w_enter[...])
+        x = self.layers(x, segment_ids)
+        return ops.linear(x, self.w_leave[...]) if self.projected else x
+
+    def output_embedding(self) -> Float[Array, "V D"]:
+        """Returns the output embedding."""
+        return self.embed[...] if self.tied else self.lm_head[...]
+
+    def __call__(
+        self,
+        inputs: Int[Array, "B T"],
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T V"]:
+        """Returns the logits."""
+        return ops.linear(
+            self.hidden(inputs, positions, segment_ids), self.output_embedding().T
+        )
+
+
+def _read_config(hf: Mapping[str, Any]) -> Config:
+    setting(hf, "cell", tuple(GATES))
+    width = required(hf, "hidden_size")
+    d_embed = hf.get("embedding_size") or width
+    return Config(
+        cell=hf["cell"],
+        vocab_size=required(hf, "vocab_size"),
+        num_layers=required(hf, "num_layers"),
+        d_model=width,
+        d_embed=0 if d_embed == width else d_embed,
+        tie_embeddings=hf.get("tie_word_embeddings", True),
+    )
+
+
+def _write_config(cfg: Config) -> dict[str, Any]:
+    return {
+        "model_type": "rnn",
+        "cell": cfg.cell,
+        "vocab_size": cfg.vocab_size,
+        "num_layers": cfg.num_layers,
+        "hidden_size": cfg.d_model,
+        "embedding_size": cfg.embed_width,
+        "tie_word_embeddings": cfg.tie_embeddings,
+        "dropout": cfg.dropout,
+    }
+
+
+def _rows(cfg: Config) -> list[Row]:
+    rows = [Row("embed.weight", "embed")]
+    for theirs, ours in (("ih", "in"), ("hh", "rec")):
+        rows += [
+            Row(
+                f"rnn.weight_{theirs}_l{{layer}}",
+                f"layers.block.w_{ours}",
+                "(P F) D -> D P F",
+            ),
+            Row(
+                f"rnn.bias_{theirs}_l{{layer}}",
+                f"layers.block.b_{ours}",
+                "(P F) -> P F",
+            ),
+        ]
+    if cfg.projected:
+        rows += [
+            Row("enter.weight", "w_enter", "D E -> E D"),
+            Row("leave.weight", "w_leave", "E D -> D E"),
+        ]
+    if not cfg.tie_embeddings:
+        rows.append(Row("head.weight", "lm_head"))
+    return rows
+
+
+EXCHANGE = Exchange(
+    architectures={"rnn": "RNNLanguageModel"},
+    read_config=_read_config,
+    write_config=_write_config,
+    rows=_rows,
+)
