@@ -151,7 +151,7 @@ ONES = jax.nn.initializers.ones
 
 
 def residual(blocks: int) -> jax.nn.initializers.Initializer:
-    """Returns GPT-2's initialiser of what writes to the residual stream of so many blocks."""
+    """Returns GPT-2's initialiser of what writes to the residual stream of so many blocks; here the encoder's too."""
     return jax.nn.initializers.normal(0.02 / (2 * blocks) ** 0.5)
 
 
@@ -177,7 +177,7 @@ class Attention(nnx.Module):
         N: int,
         rngs: nnx.Rngs,
         *,
-        out: jax.nn.initializers.Initializer = NORMAL,
+        out: jax.nn.initializers.Initializer,
     ) -> None:
         H = D // N
         self.wq = param(NORMAL, rngs, (D, N, H), ("embed", "heads", "head_dim"))
@@ -247,7 +247,7 @@ class MLP(nnx.Module):
         rngs: nnx.Rngs,
         *,
         exact: bool,
-        out: jax.nn.initializers.Initializer = NORMAL,
+        out: jax.nn.initializers.Initializer,
     ) -> None:
         self.exact = exact
         self.w_up = param(NORMAL, rngs, (D, F), ("embed", "mlp"))
@@ -303,9 +303,10 @@ class ImageBlock(nnx.Module):
         D, eps = cfg.d_image, cfg.image_norm_eps
         self.dropout = cfg.dropout
         self.attn_norm = LayerNorm(D, rngs, eps=eps)
-        self.attn = Attention(D, cfg.num_image_heads, rngs)
+        out = residual(cfg.num_image_layers)
+        self.attn = Attention(D, cfg.num_image_heads, rngs, out=out)
         self.mlp_norm = LayerNorm(D, rngs, eps=eps)
-        self.mlp = MLP(D, cfg.d_image_ff, rngs, exact=True)
+        self.mlp = MLP(D, cfg.d_image_ff, rngs, exact=True, out=out)
 
     def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         """Returns the residual stream after this block."""
@@ -319,12 +320,8 @@ class TextBlock(nnx.Module):
     """Causal attention, attention to the memory and MLP, each behind a norm and around a residual."""
 
     def __init__(self, cfg: Config, rngs: nnx.Rngs) -> None:
-        D, N, eps, out = (
-            cfg.d_model,
-            cfg.num_heads,
-            cfg.norm_eps,
-            residual(cfg.num_layers),
-        )
+        D, N, eps = cfg.d_model, cfg.num_heads, cfg.norm_eps
+        out = residual(cfg.num_layers)
         self.dropout = cfg.dropout
         self.attn_norm = LayerNorm(D, rngs, eps=eps)
         self.attn = Attention(D, N, rngs, out=out)
@@ -366,8 +363,7 @@ class ImageText(nnx.Module):
             self.w_bridge = param(NORMAL, rngs, (cfg.d_image, D), ("embed", "embed"))
             self.b_bridge = param(ZEROS, rngs, (D,), ("embed",))
         self.embed = param(NORMAL, rngs, (V, D), ("vocab", "embed"))
-        small = jax.nn.initializers.normal(0.01)
-        self.positions = param(small, rngs, (cfg.max_seq_len, D), ("seq", "embed"))
+        self.positions = param(NORMAL, rngs, (cfg.max_seq_len, D), ("seq", "embed"))
         self.decoder = Layers(lambda rngs: TextBlock(cfg, rngs), cfg.num_layers, rngs)
         self.decoder_norm = LayerNorm(D, rngs, eps=cfg.norm_eps)
 
@@ -626,5 +622,5 @@ EXCHANGE = Exchange(
     read_config=_read_config,
     write_config=_write_config,
     rows=_rows,
-    ignored=r"encoder\.pooler\..*|decoder\.lm_head\.weight|.*attn\.(bias|masked_bias)|.*crossattention\.(bias|masked_bias)",
+    ignored=r"encoder\.pooler\..*|decoder\.lm_head\.weight|.*\.(attn|crossattention)\.(masked_)?bias",
 )

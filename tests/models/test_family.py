@@ -35,6 +35,10 @@ LOGICAL_DIMS = {
     "vocab",
     "expert",
     "layers",
+    "gates",
+    "state",
+    "patch",
+    "labels",
 }
 
 by_member = pytest.mark.parametrize("name", members(variants=True))

@@ -15,7 +15,7 @@ import safetensors.numpy
 from jaxspeed.ambient import Ambient, ambient
 from jaxspeed.config import MeshConfig, RunConfig, ZeroConfig
 from jaxspeed.hf import exchange_of, export_params, import_params, read_config
-from jaxspeed.losses import next_token_loss, seq2seq_loss
+from jaxspeed.losses import classification_loss, next_token_loss, seq2seq_loss
 from jaxspeed.nn import merge
 from jaxspeed.program import Program, build_program
 from jaxspeed.types import LossFn
@@ -65,10 +65,27 @@ def pairs(rng: np.random.Generator) -> Arrays:
 
 
 def seq2seq_logits(model: Any, batch: Arrays) -> jax.Array:
-    segments = batch["segment_ids"]
+    segments = batch.get("segment_ids")
     memory = model.encode(batch["inputs"], segments)
     given = {"memory": memory, "memory_segment_ids": segments}
     return model.hidden(batch["decoder_inputs"], **given) @ model.output_embedding().T
+
+
+PIXELS = 16
+
+
+def images(rng: np.random.Generator) -> np.ndarray:
+    return rng.normal(size=(B, PIXELS, PIXELS, 3)).astype(np.float32)
+
+
+def theirs_of(images: np.ndarray) -> np.ndarray:
+    """Returns images with the channels first."""
+    return images.transpose(0, 3, 1, 2)
+
+
+def descriptions(rng: np.random.Generator) -> Arrays:
+    texts = {n: x for n, x in pairs(rng).items() if n != "segment_ids"}
+    return texts | {"inputs": images(rng)}
 
 
 TASKS = {
@@ -85,6 +102,27 @@ TASKS = {
         lambda batch: {
             "input_ids": batch["inputs"],
             "attention_mask": batch["segment_ids"],
+            "decoder_input_ids": batch["decoder_inputs"],
+            "labels": np.where(batch["mask"], batch["targets"], -100),
+        },
+        seq2seq_loss,
+        seq2seq_logits,
+    ),
+    "image classes": Task(
+        "AutoModelForImageClassification",
+        lambda rng: {"inputs": images(rng), "labels": np.array([2, 0], np.int32)},
+        lambda batch: {
+            "pixel_values": theirs_of(batch["inputs"]),
+            "labels": batch["labels"],
+        },
+        classification_loss,
+        lambda model, batch: model(batch["inputs"]),
+    ),
+    "image to text": Task(
+        "AutoModelForImageTextToText",
+        descriptions,
+        lambda batch: {
+            "pixel_values": theirs_of(batch["inputs"]),
             "decoder_input_ids": batch["decoder_inputs"],
             "labels": np.where(batch["mask"], batch["targets"], -100),
         },
@@ -112,6 +150,18 @@ SIZES = {
     "max_position_embeddings": 64,
 }
 GPT2 = {"vocab_size": V, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64}
+OPT = {
+    "vocab_size": V, "hidden_size": 32, "ffn_dim": 56, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "max_position_embeddings": 64, "pad_token_id": None,
+}  # fmt: skip
+VIT = {
+    "image_size": PIXELS, "patch_size": 8, "hidden_size": 24, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "intermediate_size": 40, "layer_norm_eps": 1e-6,
+}  # fmt: skip
+READER = GPT2 | {
+    "model_type": "gpt2", "n_layer": 2, "is_decoder": True, "add_cross_attention": True,
+    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3,
+}  # fmt: skip
 PEERS = {
     "gpt2": Peer("gpt2", GPT2),
     "gpt2, narrow": Peer("gpt2", GPT2 | {"n_inner": 40, "layer_norm_epsilon": 1e-3}),
@@ -124,6 +174,24 @@ PEERS = {
     "mistral": Peer("mistral", SIZES | {"sliding_window": None, "head_dim": 16}),
     "qwen2": Peer("qwen2", SIZES),
     "qwen3": Peer("qwen3", SIZES | {"head_dim": 16}),
+    "opt": Peer("opt", OPT),
+    "opt, norms behind": Peer(
+        "opt", OPT | {"do_layer_norm_before": False, "word_embed_proj_dim": 24}
+    ),
+    "vit": Peer("vit", VIT | {"num_labels": 3}, "image classes"),
+    "image text": Peer(
+        "vision-encoder-decoder",
+        {"encoder": {"model_type": "vit"} | VIT, "decoder": READER},
+        "image to text",
+    ),
+    "image text, one width": Peer(
+        "vision-encoder-decoder",
+        {
+            "encoder": {"model_type": "vit"} | VIT,
+            "decoder": READER | {"n_embd": 24, "n_inner": 40},
+        },
+        "image to text",
+    ),
 }
 
 
@@ -159,6 +227,8 @@ def make_peer(peer: Peer) -> Any:
     config = transformers.AutoConfig.for_model(peer.model_type, **peer.settings)
     auto = getattr(transformers, TASKS[peer.task].auto)
     model = auto.from_config(config, attn_implementation="eager")
+    if peer.task == "image to text":
+        model.encoder.pooler = None  # nothing reads it
     with (
         torch.no_grad()
     ):  # biases and norms start at 0 and 1, where mistakes do not show

@@ -12,9 +12,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from jaxspeed.losses import next_token_loss
+from jaxspeed.losses import classification_loss, next_token_loss, seq2seq_loss
 from jaxspeed.types import LossFn
-from models import gpt2, llama
+from models import gpt2, image_text, llama, opt, rnn, vit
 
 
 T, V, D, L = 16, 64, 32, 2
@@ -82,7 +82,35 @@ def pairs(rng: np.random.Generator, rows: int) -> dict[str, np.ndarray]:
     }
 
 
+PIXELS, PATCH, CLASSES = 8, 4, 5
+"""Height and width of an image and of a patch; classes."""
+
+
+def images(rng: np.random.Generator, rows: int) -> dict[str, np.ndarray]:
+    """Returns images whose brightness is their class."""
+    labels = rng.integers(-1, CLASSES, rows)
+    noise = rng.normal(size=(rows, PIXELS, PIXELS, 3))
+    pixels = noise + labels[:, None, None, None]
+    return {"inputs": pixels.astype(np.float32), "labels": labels.astype(np.int32)}
+
+
+def captions(rng: np.random.Generator, rows: int) -> dict[str, np.ndarray]:
+    """Returns images, and texts that begin with their brightness."""
+    shown, said = images(rng, rows), text(rng, rows)
+    inputs = (said["inputs"] - said["inputs"][:, :1] + shown["labels"][:, None]) % V
+    return {
+        "inputs": shown["inputs"],
+        "decoder_inputs": inputs,
+        "targets": np.roll(inputs, -1, axis=1),
+        "mask": said["mask"],
+    }
+
+
 RESIDUAL = 0.02 / math.sqrt(2 * L)
+RECURRENT = {"w_in": D**-0.5, "w_rec": D**-0.5}
+IMAGE = {"image_size": PIXELS, "patch_size": PATCH}
+OPT = dict.fromkeys(("embed", "positions", "wq", "wk", "wv", "w_up"), 0.006)
+OPT |= dict.fromkeys(("wo", "w_down"), 0.006 / math.sqrt(2 * L))
 
 ZOO: dict[str, Member] = {
     "gpt2": Member(
@@ -103,6 +131,59 @@ ZOO: dict[str, Member] = {
         next_token_loss,
         text,
     ),
+    "opt": Member(
+        opt.Config(
+            vocab_size=V, max_seq_len=T, num_layers=L, num_heads=4, d_model=D, d_ff=64
+        ),
+        "decoder",
+        next_token_loss,
+        text,
+        stds=OPT,
+    ),
+    "opt, norms behind": Member(
+        opt.Config(
+            vocab_size=V, max_seq_len=T, num_layers=L, num_heads=4, d_model=D, d_ff=64,
+            d_embed=16, norm_first=False,
+        ),
+        "decoder",
+        next_token_loss,
+        text,
+        variant=True,
+    ),
+    "lstm": Member(
+        rnn.Config(vocab_size=V, num_layers=L, d_model=D),
+        "recurrent",
+        next_token_loss,
+        text,
+        stds=RECURRENT,
+    ),
+    "gru": Member(
+        rnn.Config(cell="gru", vocab_size=V, num_layers=L, d_model=D, d_embed=16, tie_embeddings=False),
+        "recurrent",
+        next_token_loss,
+        text,
+        variant=True,
+    ),
+    "vit": Member(
+        vit.Config(
+            **IMAGE, num_labels=CLASSES, num_layers=L, num_heads=4, d_model=D, d_ff=64
+        ),
+        "vision",
+        classification_loss,
+        images,
+        initial_loss=None,  # of two images: their noise decides
+        large={"num_labels": 10**8, "num_layers": 1000},
+    ),
+    "image text": Member(
+        image_text.Config(
+            **IMAGE, num_image_layers=L, num_image_heads=2, d_image=16, d_image_ff=24,
+            vocab_size=V, max_seq_len=T, num_layers=L, num_heads=4, d_model=D,
+        ),
+        "seq2seq",
+        seq2seq_loss,
+        captions,
+        stds={"wo": RESIDUAL, "w_down": RESIDUAL},
+    ),
 }  # fmt: skip
 
 NAMED: dict[str, tuple[Any, int]] = {
@@ -112,6 +193,10 @@ NAMED: dict[str, tuple[Any, int]] = {
     "GPT-2 XL": (gpt2.XL, 1_557_611_200),
     "Llama 2 7B": (llama.LLAMA2_7B, 6_738_415_616),
     "Llama 3 8B": (llama.LLAMA3_8B, 8_030_261_248),
+    "OPT 125M": (opt.OPT_125M, 125_239_296),
+    "OPT 350M": (opt.OPT_350M, 331_196_416),
+    "OPT 1.3B": (opt.OPT_1_3B, 1_315_758_080),
+    "OPT 6.7B": (opt.OPT_6_7B, 6_658_473_984),
 }
 """Published sizes: Config and number of parameters."""
 
