@@ -377,8 +377,8 @@ class DataConfig:
     """The column or key that holds the text."""
     clean: tuple[CleaningStep, ...] = ()
     """What is done to texts: `html` (tags and entities), `nfc` or `nfkc` (Unicode forms), `control` (characters without a shape), `stop_words` (English ones removed), `whitespace`, in this order; `duplicates` or `near_duplicates` leaves out repeated items, and those that are held out."""
-    tokenizer: str = "byte"
-    """`byte`; `bpe` (trained on the training text to model.vocab_size, kept in the run directory); or the path of a tokenizer.json."""
+    tokenizer: str = "auto"
+    """`auto`: the one of `init`, or bytes; `byte`; `bpe`, `wordpiece` or `unigram` (trained on the training text to model.vocab_size, kept in the run directory); or the path of a tokenizer.json."""
     document_mask: bool = True
     """Attention stays inside a document where several share a row."""
     shuffle: bool = True

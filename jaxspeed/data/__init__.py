@@ -2,11 +2,11 @@
 """Text to batches of tokens: sources, tokenizers, packing and the Grain pipeline.
 
     corpus = open_corpus(cfg)
-    tokenizer = build_tokenizer(cfg, corpus, vocab_size=..., workdir=...)
+    tokenizer = build_tokenizer(cfg, corpus.train, vocab_size=..., workdir=...)
     iterator = train_iterator(cfg, corpus, tokenizer, seq_len=..., ...)
     held_out = EvalSet(cfg=cfg, corpus=corpus, tokenizer=tokenizer, ...)
 
-`sources` gives documents by index, `corpus` splits them, `tokenize` makes ids of them,
+`sources` gives documents by index, `corpus` splits them, `tokenize` (with the `vocabulary` of the run) makes ids of them,
 `pack` rows of those and `loader` batches.
 """
 
@@ -16,9 +16,9 @@ from jaxspeed.data.tokenize import (
     ByteTokenizer,
     SubwordTokenizer,
     Tokenizer,
-    build_tokenizer,
     load_tokenizer,
 )
+from jaxspeed.data.vocabulary import build_tokenizer
 
 
 __all__ = [

@@ -2,14 +2,15 @@
 """Text to token ids and back: bytes, or a vocabulary of the `tokenizers` library.
 
 One id ends a document and begins the next; what looks like it inside a text is encoded
-as text. The one decision: `encode_with_bytes` counts UTF-8 bytes per token so that they
-add up to the document, and bits per byte are exact for any tokenizer.
+as text. A text for an encoder stands in a frame of special tokens, the tokenizer's own.
+The one decision: `encode_with_bytes` counts UTF-8 bytes per token so that they add up to
+the document, and bits per byte are exact for any tokenizer. Which one a run has, and how
+one is trained: `vocabulary`.
 """
 
 import hashlib
 import json
-import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
@@ -17,21 +18,18 @@ import numpy as np
 from jaxtyping import Int32
 from numpy.typing import ArrayLike
 
-from jaxspeed.config import ConfigError, DataConfig, config_error
-from jaxspeed.data.corpus import Corpus
-from jaxspeed.data.documents import Source, atomic
+from jaxspeed.config import ConfigError, config_error
 
 
 if TYPE_CHECKING:
     import tokenizers
 
-_logger = logging.getLogger(__name__)
-
 END_TOKEN = "<|endoftext|>"
 TOKENIZER_FILE = "tokenizer.json"
+CONFIG_FILE = "tokenizer_config.json"
 
-_TRAIN_BYTES = 1 << 26
 _END_TOKENS = (END_TOKEN, "<|end_of_text|>", "</s>", "<eos>", "[SEP]", "<|im_end|>")
+_PAD_TOKENS = ("[PAD]", "<pad>", "<|pad|>")
 
 
 class Encoded(NamedTuple):
@@ -42,6 +40,38 @@ class Encoded(NamedTuple):
     """Bytes that each token stands for; the last entry is the end token's."""
 
 
+class Pieces(NamedTuple):
+    """A text as token ids, without special tokens, and where each stands in it."""
+
+    ids: Int32[np.ndarray, " T"]
+    spans: Int32[np.ndarray, "T 2"]
+    """The characters of each token: begin, and end (one behind the last)."""
+
+
+class Frame(NamedTuple):
+    """The special tokens around one text, or two."""
+
+    before: tuple[int, ...]
+    between: tuple[int, ...]
+    after: tuple[int, ...]
+    second_type: int
+    """Token type of the second text and of what follows it; that of the first is 0."""
+
+    def around(
+        self,
+        first: Int32[np.ndarray, " T"],
+        second: Int32[np.ndarray, " S"] | None = None,
+    ) -> tuple[Int32[np.ndarray, " N"], Int32[np.ndarray, " N"]]:
+        """Returns the ids of the framed text or texts, and their token types."""
+        head = [self.before, first]
+        tail = [self.after] if second is None else [second, self.after]
+        head += [] if second is None else [self.between]
+        lengths = [sum(map(len, part)) for part in (head, tail)]
+        ids = np.concatenate([np.asarray(part, np.int32) for part in (*head, *tail)])
+        types = [0, 0 if second is None else self.second_type]
+        return ids, np.repeat(np.asarray(types, np.int32), lengths)
+
+
 @runtime_checkable
 class Tokenizer(Protocol):
     """Text to ids and back."""
@@ -50,6 +80,8 @@ class Tokenizer(Protocol):
     """One more than the largest id."""
     end_id: int
     """Ends a document, and is the first input of the next."""
+    pad_id: int
+    """Fills rows; the end's where the vocabulary has no such token."""
     fingerprint: str
     """Changes when any text could be encoded differently."""
 
@@ -59,6 +91,18 @@ class Tokenizer(Protocol):
 
     def encode_with_bytes(self, text: str) -> Encoded:
         """Returns the ids, and how many bytes of UTF-8 each stands for."""
+        ...
+
+    def pieces(self, text: str) -> Pieces:
+        """Returns the ids of a text, and which of its characters each stands for."""
+        ...
+
+    def frame(self, texts: int) -> Frame:
+        """Returns the special tokens around one text, or around two."""
+        ...
+
+    def token_id(self, token: str) -> int | None:
+        """Returns the id of a token by its name, or None."""
         ...
 
     def decode(self, ids: ArrayLike) -> str:
@@ -71,6 +115,7 @@ class ByteTokenizer:
 
     vocab_size = 257
     end_id = 256
+    pad_id = 256
     fingerprint = "byte"
 
     def encode(self, text: str) -> Int32[np.ndarray, " T"]:
@@ -84,6 +129,20 @@ class ByteTokenizer:
         num_bytes[-1] = 0
         return Encoded(ids, num_bytes)
 
+    def pieces(self, text: str) -> Pieces:
+        """Returns the bytes; each of a character's bytes stands for all of it."""
+        sizes = np.diff(_byte_offsets(text))
+        begins = np.repeat(np.arange(len(text), dtype=np.int32), sizes)
+        return Pieces(self.encode(text), np.stack([begins, begins + 1], 1))
+
+    def frame(self, texts: int) -> Frame:
+        """Returns the end token behind each text."""
+        return _plain_frame(self.end_id)
+
+    def token_id(self, token: str) -> int | None:
+        """Returns None: bytes have no names."""
+        return None
+
     def decode(self, ids: ArrayLike) -> str:
         """Returns the text; end tokens vanish, bytes that are no text become U+FFFD."""
         array = np.asarray(ids, np.int64).reshape(-1)
@@ -94,6 +153,10 @@ class SubwordTokenizer:
     """A tokenizer of the `tokenizers` library, with one of its tokens as the end."""
 
     def __init__(self, tokenizer: "tokenizers.Tokenizer", end_id: int):
+        named = map(tokenizer.token_to_id, _PAD_TOKENS)
+        self.pad_id = next((i for i in named if i is not None), end_id)
+        if tokenizer.padding:
+            self.pad_id = int(tokenizer.padding["pad_id"])
         tokenizer.no_truncation()
         tokenizer.no_padding()
         # A document that quotes "<|endoftext|>" must not end there.
@@ -120,47 +183,45 @@ class SubwordTokenizer:
             np.asarray(encoding.ids, np.int32), np.diff(bounds).astype(np.int32)
         )
 
+    def pieces(self, text: str) -> Pieces:
+        """Returns the ids of the text alone, and where each stands in it."""
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        spans = np.asarray(encoding.offsets, np.int32).reshape(-1, 2)
+        return Pieces(np.asarray(encoding.ids, np.int32), spans)
+
+    def frame(self, texts: int) -> Frame:
+        """Returns what the tokenizer.json puts around; without such a rule, the end token behind each text."""
+        probe = self._tokenizer.encode("a", *["b"] * (texts - 1))
+        whose = probe.sequence_ids
+        if None not in whose:
+            return _plain_frame(self.end_id)
+        ids = np.asarray(probe.ids)
+        begins = [whose.index(text) for text in range(texts)]
+        ends = [len(whose) - whose[::-1].index(text) for text in range(texts)]
+        between = ids[ends[0] : begins[-1]].tolist() if texts == 2 else []
+        return Frame(
+            tuple(ids[: begins[0]].tolist()),
+            tuple(between),
+            tuple(ids[ends[-1] :].tolist()),
+            probe.type_ids[begins[-1]],
+        )
+
+    def token_id(self, token: str) -> int | None:
+        """Returns the id of a token by its name, or None."""
+        return self._tokenizer.token_to_id(token)
+
+    def vocabulary(self) -> Mapping[str, int]:
+        """Returns the id of each token."""
+        return self._tokenizer.get_vocab(with_added_tokens=True)
+
     def decode(self, ids: ArrayLike) -> str:
         """Returns the text; special tokens vanish."""
         flat = np.asarray(ids, np.int64).reshape(-1).tolist()
         return self._tokenizer.decode(flat, skip_special_tokens=True)
 
-    def save(self, path: Path) -> None:
-        """Writes the vocabulary as a tokenizer.json."""
-        with atomic(path) as file:
-            file.write(self._tokenizer.to_str(pretty=True).encode())
-
-
-def build_tokenizer(
-    cfg: DataConfig, corpus: Corpus, *, vocab_size: int, workdir: Path
-) -> ByteTokenizer | SubwordTokenizer:
-    """Returns the tokenizer that `data.tokenizer` names.
-
-    A trained one is kept as `tokenizer.json` in the run directory and read from there
-    the next time. Training is deterministic: every process may do it and gets the same.
-
-    Args:
-        cfg: the data configuration.
-        corpus: its text; only the training part is looked at.
-        vocab_size: of the model; also how large a vocabulary is trained.
-        workdir: the run directory.
-
-    Raises:
-        ConfigError: no such tokenizer, or more ids than the model has.
-    """
-    if cfg.tokenizer == "byte":
-        tokenizer = ByteTokenizer()
-    elif cfg.tokenizer == "bpe":
-        tokenizer = _trained(corpus, vocab_size, workdir / TOKENIZER_FILE)
-    else:
-        tokenizer = load_tokenizer(Path(cfg.tokenizer).expanduser())
-    if tokenizer.vocab_size > vocab_size:
-        why = f"it has {tokenizer.vocab_size} ids but the model only {vocab_size}"
-        change = f"set model.vocab_size to {tokenizer.vocab_size} or more"
-        if cfg.tokenizer == "bpe":
-            change += f", or remove {workdir / TOKENIZER_FILE} to train another"
-        raise config_error("data.tokenizer", cfg.tokenizer, why, change)
-    return tokenizer
+    def to_json(self) -> bytes:
+        """Returns the contents of a tokenizer.json."""
+        return self._tokenizer.to_str(pretty=True).encode()
 
 
 def load_tokenizer(path: Path) -> SubwordTokenizer:
@@ -178,14 +239,17 @@ def load_tokenizer(path: Path) -> SubwordTokenizer:
         return config_error("data.tokenizer", str(path), why, change)
 
     if not path.is_file():
-        raise error("no such file", "give byte, bpe or the path of a tokenizer.json")
+        change = (
+            "give auto, byte, bpe, wordpiece, unigram or the path of a tokenizer.json"
+        )
+        raise error("no such file", change)
     try:
         tokenizer = tokenizers.Tokenizer.from_buffer(path.read_bytes())
     except Exception as err:  # the library raises no narrower class
         why = f"is not a tokenizer.json ({err})"
         raise error(why, "give one that the tokenizers library wrote") from err
     try:
-        names = _end_tokens(path.with_name("tokenizer_config.json"))
+        names = _end_tokens(path.with_name(CONFIG_FILE))
     except ValueError as err:
         why = f"the tokenizer_config.json beside it is not JSON ({err})"
         raise error(why, "mend or remove that") from err
@@ -206,6 +270,10 @@ def _end_tokens(config: Path) -> Sequence[str]:
     return [named] if named else _END_TOKENS
 
 
+def _plain_frame(end_id: int) -> Frame:
+    return Frame((), (end_id,), (end_id,), 1)
+
+
 def _byte_offsets(text: str) -> np.ndarray:
     """Returns the byte offset of every character and of the end."""
     if text.isascii():
@@ -213,51 +281,3 @@ def _byte_offsets(text: str) -> np.ndarray:
     points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
     sizes = 1 + (points >= 0x80) + (points >= 0x800) + (points >= 0x10000)
     return np.concatenate([[0], np.cumsum(sizes)])
-
-
-def _trained(corpus: Corpus, vocab_size: int, path: Path) -> SubwordTokenizer:
-    if path.exists():
-        return load_tokenizer(path)
-    if vocab_size < 257:
-        raise config_error(
-            "data.tokenizer",
-            "bpe",
-            f"it needs at least 257 ids (bytes and end) but the model has {vocab_size}",
-            "set model.vocab_size to 257 or more",
-        )
-    _logger.info("training a BPE of %d ids, to be kept in %s", vocab_size, path)
-    tokenizer = train_bpe(corpus.train, vocab_size)
-    try:
-        tokenizer.save(path)
-    except OSError as err:
-        why = f"the trained tokenizer cannot be written there ({err})"
-        change = "give a folder that can be written"
-        raise config_error("workdir", str(path.parent), why, change) from err
-    return tokenizer
-
-
-def train_bpe(sources: Sequence[Source], vocab_size: int) -> SubwordTokenizer:
-    """Trains a byte-level BPE on up to 64 MiB, spread over the documents."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END_TOKEN],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(_sample(sources), trainer)
-    end = tokenizer.token_to_id(END_TOKEN)
-    assert end is not None
-    return SubwordTokenizer(tokenizer, end)
-
-
-def _sample(sources: Sequence[Source]) -> Iterator[str]:
-    """Yields every k-th document, so that about _TRAIN_BYTES are read."""
-    every = -(-sum(source.num_bytes for source in sources) // _TRAIN_BYTES)
-    for source in sources:
-        for index in range(0, len(source), max(every, 1)):
-            yield source[index]

@@ -43,9 +43,13 @@ class LanguageModel:
 
     def prepare(self, workdir: Path) -> None:
         """Reads or trains the tokenizer."""
-        vocab_size = self.run.model.vocab_size
         self.tokenizer = build_tokenizer(
-            self.run.data, self.corpus, vocab_size=vocab_size, workdir=workdir
+            self.run.data,
+            self.corpus.train,
+            vocab_size=self.run.model.vocab_size,
+            workdir=workdir,
+            init=self.run.init,
+            leads=jax.process_index() == 0,
         )
 
     def describe(self) -> list[str]:

@@ -57,7 +57,7 @@ def setup(tmp_path: Path, make_config: MakeConfig) -> Callable[..., Any]:
         } | fields
         cfg = make_config(*paths, **fields)
         corpus = open_corpus(cfg)
-        tokenizer = build_tokenizer(cfg, corpus, vocab_size=300, workdir=tmp_path)
+        tokenizer = build_tokenizer(cfg, corpus.train, vocab_size=300, workdir=tmp_path)
         return cfg, corpus, tokenizer
 
     return build
@@ -324,7 +324,7 @@ from jaxspeed import config, data
 cfg = config.DataConfig(cache_dir={str(tmp_path)!r}, tokenizer={tokenizer!r})
 corpus = data.open_corpus(cfg)
 run = pathlib.Path({str(tmp_path)!r})
-tokenizer = data.build_tokenizer(cfg, corpus, vocab_size=300, workdir=run)
+tokenizer = data.build_tokenizer(cfg, corpus.train, vocab_size=300, workdir=run)
 rows = dict(seq_len=16, global_batch_size=2)
 left_open = data.train_iterator(cfg, corpus, tokenizer, seed=0, **rows)
 next(left_open)
