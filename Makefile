@@ -2,14 +2,14 @@
 # Python 3.11 or newer, and make.
 #
 #   PYTHON      interpreter for the environment (default: the first that is new enough)
-#   EXTRAS      optional parts to install: dev, or for instance dev,cuda12 or dev,tpu
+#   EXTRAS      optional parts to install: dev,tasks, or for instance dev,tasks,cuda12
 #   TRAIN_ARGS  overrides for `make train`, for instance "--steps 100 --zero.stage 2"
 #   PYTEST_ARGS more for pytest, for instance "-n 2 -k zero"
 #   BENCH_ARGS  more for the benchmarks
 
 VENV := .venv
 PY := $(VENV)/bin/python
-EXTRAS := dev
+EXTRAS := dev,tasks
 READY := $(VENV)/.installed-$(EXTRAS)
 DOCS_READY := $(VENV)/.installed-docs
 PYTHON_NAMES := python3.11 python3.12 python3.13 python3 python

@@ -36,7 +36,13 @@ from jaxspeed.paths import matching, paths_of
 from jaxspeed.schedules import make_schedule
 from jaxspeed.sharding import is_placement, part_of, place_all
 from jaxspeed.state import make_init, master_shardings, state_shardings, with_shardings
-from jaxspeed.step import StepSpec, make_eval_fn, make_train_step
+from jaxspeed.step import (
+    PredictFn,
+    StepSpec,
+    make_eval_fn,
+    make_predict_fn,
+    make_train_step,
+)
 from jaxspeed.topology import find_chip
 from jaxspeed.types import LossFn, Params, PyTree, Sums
 
@@ -98,6 +104,30 @@ class Program:
     def eval_step(self) -> Callable[[Params, Mapping[str, jax.Array]], Sums]:
         """The jitted loss of a batch (B, T) without gradients."""
         return jax.jit(make_eval_fn(self.spec))
+
+    def predictor(
+        self, predict: PredictFn
+    ) -> Callable[[Params, Mapping[str, np.ndarray]], tuple[Sums, PyTree]]:
+        """Returns `(params, rows) -> (sums, outputs)` for this process's rows of an evaluation batch.
+
+        Outputs are NumPy arrays of the whole global batch, the same in every process.
+
+        Args:
+            predict: of each device's rows, `(model, batch) -> (sums, outputs)`; a function at the
+                top of a module, since what is compiled for it is kept.
+        """
+        jitted = self._predictors.get(predict)
+        if jitted is None:
+            whole = NamedSharding(self.mesh, P())
+            run = make_predict_fn(self.spec, predict)
+            jitted = self._predictors[predict] = jax.jit(run, out_shardings=whole)
+        return lambda params, rows: jax.device_get(
+            jitted(params, self.put_batch(rows, training=False))
+        )
+
+    @functools.cached_property
+    def _predictors(self) -> dict[PredictFn, Callable[..., tuple[Sums, PyTree]]]:
+        return {}
 
     def abstract_batch(
         self, names: Sequence[str] | None = None, *, length: int | None = None

@@ -64,6 +64,9 @@ class StepSpec:
         return part_of(self.placements, self.placements)
 
 
+PredictFn = Callable[[Any, Batch], tuple[Sums, PyTree]]
+"""`(model, batch) -> (sums, outputs)`: the loss, and what the model says of each row."""
+
 GradFn = Callable[[Params, Batch, jax.Array, jax.Array], tuple[PyTree, Sums]]
 
 
@@ -131,14 +134,23 @@ def manual_axes(mesh: Mesh) -> set[str]:
 
 def make_eval_fn(spec: StepSpec) -> Callable[[Params, Batch], Sums]:
     """Returns `(params, batch) -> sums` without gradients or dropout; batch leaves are (B, T)."""
+    run = make_predict_fn(spec, lambda model, batch: (spec.loss_fn(model, batch), ()))
+    return lambda params, batch: run(params, batch)[0]
 
-    def local(params: Params, batch: Batch) -> Sums:
+
+def make_predict_fn(
+    spec: StepSpec, predict: PredictFn
+) -> Callable[[Params, Batch], tuple[Sums, PyTree]]:
+    """Returns `(params, batch) -> (sums, outputs)` without gradients or dropout; leaves of both are (B, ...)."""
+
+    def local(params: Params, batch: Batch) -> tuple[Sums, PyTree]:
         with ambient(spec.settings):
             model = merge(spec.graphdef, compute_weights(spec, params))
-            sums = _as_sums(spec.loss_fn(model, batch))
-        return jax.tree.map(lambda x: jax.lax.psum(x, BATCH_AXES), sums)
+            sums, outputs = predict(model, batch)
+        total = jax.tree.map(lambda x: jax.lax.psum(x, BATCH_AXES), _as_sums(sums))
+        return total, outputs
 
-    return on_zero_axes(spec, local, (P(BATCH_AXES),), P())
+    return on_zero_axes(spec, local, (P(BATCH_AXES),), (P(), P(BATCH_AXES)))
 
 
 def on_zero_axes(

@@ -15,14 +15,16 @@ import atexit
 import os
 import weakref
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
+from typing import Any
 
 import grain
 import numpy as np
 
 from jaxspeed.config import DataConfig, config_error
+from jaxspeed.data.buckets import BatchSpec, Buckets, Example, ExampleBatch
 from jaxspeed.data.corpus import Corpus
 from jaxspeed.data.documents import Source
 from jaxspeed.data.pack import PackedRows, RowSpec
@@ -69,11 +71,70 @@ def train_iterator(
         _row_spec(
             cfg, tokenizer, seq_len, global_batch_size, process_index, process_count
         ),
-        identity=_identity(cfg, corpus, tokenizer, seed),
+        identity=identity_of(cfg, corpus.train, tokenizer, seed),
         patience=10 * sum(len(source) for source in corpus.train),
     )
     batches = rows.map(attrgetter("arrays"))
     return _prefetched(batches, cfg.prefetch)
+
+
+def example_iterator(
+    cfg: DataConfig,
+    sources: Sequence[Source[Example]],
+    tokenizer: Tokenizer,
+    spec: BatchSpec,
+    *,
+    seed: int,
+    identity: Mapping[str, Any],
+) -> grain.DatasetIterator:
+    """Returns the endless iterator of training batches of examples, padded to a few lengths.
+
+    `get_state()` is a small JSON object, equal on all processes; it can be restored on
+    another number of them.
+
+    Args:
+        cfg: the data configuration.
+        sources: examples to train on, for each entry of `data.path`.
+        tokenizer: what makes tokens of them.
+        spec: the shapes of a batch.
+        seed: of the shuffles.
+        identity: what the examples and their order depend on besides, by setting.
+    """
+    known = identity_of(cfg, sources, tokenizer, seed) | dict(identity)
+    examples = _read(_ordered(cfg, sources, seed), tokenizer)
+    batches = Buckets(examples, spec, identity=known).map(attrgetter("arrays"))
+    return _prefetched(batches, cfg.prefetch)
+
+
+def held_out_examples(
+    cfg: DataConfig, source: Source[Example], tokenizer: Tokenizer, spec: BatchSpec
+) -> Iterator[ExampleBatch]:
+    """Yields each held-out example once, in batches; the last is filled up with rows that do not count."""
+    examples = _read(grain.MapDataset.source(source), tokenizer)
+    iterator = _prefetched(Buckets(examples, spec, identity={}), cfg.prefetch)
+    try:
+        yield from iterator
+    finally:
+        iterator.close()
+
+
+def share_of_rows(
+    global_batch_size: int, process_index: int, process_count: int
+) -> tuple[int, int]:
+    """Returns the first row of a global batch that is this process's, and how many are.
+
+    Raises:
+        ConfigError: the batch does not divide over the processes.
+    """
+    num_rows, rest = divmod(global_batch_size, process_count)
+    if rest:
+        raise config_error(
+            "global_batch_size",
+            global_batch_size,
+            f"it does not divide by {process_count} processes",
+            f"give a multiple of {process_count}",
+        )
+    return process_index * num_rows, num_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,12 +187,12 @@ class EvalSet:
             iterator.close()
 
 
-def _datasets(sources: tuple[Source, ...]) -> list[grain.MapDataset]:
+def _datasets(sources: Sequence[Source[Any]]) -> list[grain.MapDataset]:
     return [grain.MapDataset.source(source) for source in sources]
 
 
 def _ordered(
-    cfg: DataConfig, sources: tuple[Source, ...], seed: int
+    cfg: DataConfig, sources: Sequence[Source[Any]], seed: int
 ) -> grain.MapDataset:
     """Returns the documents of all epochs, in the order of training."""
     parts = _datasets(sources)
@@ -158,6 +219,12 @@ def _encoded(
     def encode(text: str) -> Encoded:
         return Encoded(tokenizer.encode(text))
 
+    return _read(
+        documents.map(tokenizer.encode_with_bytes if count_bytes else encode), tokenizer
+    )
+
+
+def _read(items: grain.MapDataset, tokenizer: Tokenizer) -> grain.IterDataset:
     # Bytes cost nothing to make. A real tokenizer releases the interpreter lock, so some
     # threads of it run at a time; the order does not depend on them.
     cores = os.cpu_count() or 1
@@ -166,8 +233,7 @@ def _encoded(
         num_threads=0 if isinstance(tokenizer, ByteTokenizer) else threads,
         prefetch_buffer_size=_DOCUMENTS_AHEAD,
     )
-    chosen = tokenizer.encode_with_bytes if count_bytes else encode
-    return documents.map(chosen).to_iter_dataset(options)
+    return items.to_iter_dataset(options)
 
 
 def _row_spec(
@@ -178,29 +244,22 @@ def _row_spec(
     process_index: int,
     process_count: int,
 ) -> RowSpec:
-    num_rows, rest = divmod(global_batch_size, process_count)
-    if rest:
-        raise config_error(
-            "global_batch_size",
-            global_batch_size,
-            f"it does not divide by {process_count} processes",
-            f"give a multiple of {process_count}",
-        )
+    first_row, num_rows = share_of_rows(global_batch_size, process_index, process_count)
     return RowSpec(
         seq_len=seq_len,
         global_batch_size=global_batch_size,
-        first_row=process_index * num_rows,
+        first_row=first_row,
         num_rows=num_rows,
         end_id=tokenizer.end_id,
         document_mask=cfg.document_mask,
     )
 
 
-def _identity(
-    cfg: DataConfig, corpus: Corpus, tokenizer: Tokenizer, seed: int
-) -> dict[str, object]:
-    """Returns what the stream of tokens depends on, by setting."""
-    texts = [f"{source.fingerprint:x}" for source in corpus.train]
+def identity_of(
+    cfg: DataConfig, sources: Sequence[Source[Any]], tokenizer: Tokenizer, seed: int
+) -> dict[str, Any]:
+    """Returns what the order of the data depends on, by setting."""
+    texts = [f"{source.fingerprint:x}" for source in sources]
     return {
         "data.path (its text)": texts,
         "data.clean": sorted(cfg.clean) or None,

@@ -133,15 +133,7 @@ class PackIterator(grain.DatasetIterator):
         Raises:
             ConfigError: it was saved with other data, weights, tokenizer or seed.
         """
-        saved = state["identity"]
-        for name in [*self._identity, *saved]:
-            old, new = saved.get(name), self._identity.get(name)
-            if old != new:
-                raise ConfigError(
-                    f"{name} was {old!r} when the checkpoint was saved and is {new!r} "
-                    "now, so its position in the data means nothing; restore it, or "
-                    "start a new run from the checkpoint's parameters with --init"
-                )
+        check_identity(state["identity"], self._identity)
         grain.experimental.set_next_index(self._parent, state["document"])
         self._document, self._offset = state["document"], state["offset"]
         self._current = None
@@ -169,6 +161,17 @@ class PackIterator(grain.DatasetIterator):
         self._offset = end
         if end == slots:
             self._document, self._offset, self._current = self._document + 1, 0, None
+
+
+def check_identity(saved: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raises ConfigError if what the order of the data depends on has changed."""
+    for name in [*now, *saved]:
+        if saved.get(name) != now.get(name):
+            raise ConfigError(
+                f"{name} was {saved.get(name)!r} when the checkpoint was saved and is {now.get(name)!r} "
+                "now, so its position in the data means nothing; restore it, or "
+                "start a new run from the checkpoint's parameters with --init"
+            )
 
 
 def layout(

@@ -57,6 +57,11 @@ class Frame(NamedTuple):
     second_type: int
     """Token type of the second text and of what follows it; that of the first is 0."""
 
+    @property
+    def size(self) -> int:
+        """The number of special tokens."""
+        return sum(map(len, (self.before, self.between, self.after)))
+
     def around(
         self,
         first: Int32[np.ndarray, " T"],
@@ -137,7 +142,7 @@ class ByteTokenizer:
 
     def frame(self, texts: int) -> Frame:
         """Returns the end token behind each text."""
-        return _plain_frame(self.end_id)
+        return _plain_frame(self.end_id, texts)
 
     def token_id(self, token: str) -> int | None:
         """Returns None: bytes have no names."""
@@ -191,10 +196,10 @@ class SubwordTokenizer:
 
     def frame(self, texts: int) -> Frame:
         """Returns what the tokenizer.json puts around; without such a rule, the end token behind each text."""
-        probe = self._tokenizer.encode("a", *["b"] * (texts - 1))
+        probe = self._tokenizer.encode("a", "b" if texts == 2 else None)
         whose = probe.sequence_ids
         if None not in whose:
-            return _plain_frame(self.end_id)
+            return _plain_frame(self.end_id, texts)
         ids = np.asarray(probe.ids)
         begins = [whose.index(text) for text in range(texts)]
         ends = [len(whose) - whose[::-1].index(text) for text in range(texts)]
@@ -270,8 +275,8 @@ def _end_tokens(config: Path) -> Sequence[str]:
     return [named] if named else _END_TOKENS
 
 
-def _plain_frame(end_id: int) -> Frame:
-    return Frame((), (end_id,), (end_id,), 1)
+def _plain_frame(end_id: int, texts: int) -> Frame:
+    return Frame((), (end_id,) * (texts - 1), (end_id,), texts - 1)
 
 
 def _byte_offsets(text: str) -> np.ndarray:

@@ -6,18 +6,25 @@ and says what a model makes of held-out data; it trains nothing itself. The loss
 that it reads, are in `jaxspeed.objectives`, where the compiled step finds them.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 
 from jaxspeed.config import RunConfig
 from jaxspeed.program import Program
 from jaxspeed.tasks.base import Evaluation, Task
+from jaxspeed.tasks.labels import Classification, TokenClassification
 from jaxspeed.tasks.language import LanguageModel
+from jaxspeed.tasks.records import RecordTask
 
 
 __all__ = ["TASKS", "Evaluation", "Task", "open_task"]
 
 TASKS: Mapping[str, Callable[[RunConfig, Program], Task]] = {
     "lm": LanguageModel,
+    "classification": functools.partial(RecordTask, make_kind=Classification),
+    "token_classification": functools.partial(
+        RecordTask, make_kind=TokenClassification
+    ),
 }
 """By the names of `TaskConfig.name`."""
 
