@@ -13,13 +13,13 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import grain
 import jax
 import numpy as np
-from jaxtyping import Int32, Int64
+from jaxtyping import Int32
 
 from jaxspeed.config import TASK_COLUMNS, ConfigError, RunConfig, config_error
 from jaxspeed.data import Tokenizer, build_tokenizer
 from jaxspeed.data.buckets import BatchSpec, Example, bucket_of
 from jaxspeed.data.corpus import open_record_corpus
-from jaxspeed.data.documents import Joined, Record, RecordSource
+from jaxspeed.data.documents import Joined, Record, RecordSource, Selected
 from jaxspeed.data.loader import example_iterator, held_out_examples, share_of_rows
 from jaxspeed.objectives import objective_of
 from jaxspeed.program import Program
@@ -126,21 +126,6 @@ class Examples:
         except BadRecordError as err:
             why = f"record {record} {err.why}"
             raise config_error(self._field, self.name, why, err.change) from err
-
-
-class _Selected:
-    """Some records of a source, in an order of their own."""
-
-    def __init__(self, source: RecordSource, order: Int64[np.ndarray, " N"]) -> None:
-        self.name, self.fingerprint = source.name, source.fingerprint
-        self.num_bytes = source.num_bytes * len(order) // max(1, len(source))
-        self._source, self._order = source, order
-
-    def __len__(self) -> int:
-        return len(self._order)
-
-    def __getitem__(self, index: int) -> Record:
-        return self._source[int(self._order[index])]
 
 
 class _Texts:
@@ -276,7 +261,7 @@ class RecordTask:
         wanted = self.run.eval.batches * self.batch_amount or len(source)
         # A few batches should stand for all records: a fixed shuffle.
         order = np.random.default_rng(0).permutation(len(source))[:wanted]
-        return _Selected(source, order)
+        return Selected(source, order)
 
     def _batches(self, records: RecordSource) -> Any:
         field = "data.eval_path" if self.run.data.eval_path else "data.path"
