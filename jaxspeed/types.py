@@ -134,10 +134,13 @@ class Seq2Seq(Protocol):
         positions: Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
         *,
-        memory: Float[Array, "B S D"],
+        memory: Float[Array, "B S D"] | None,
         memory_segment_ids: Int[Array, "B S"] | None = None,
     ) -> Float[Array, "B T D"]:
-        """Returns the decoder's last hidden states, normalised and scaled for the output embedding."""
+        """Returns the decoder's last hidden states, normalised and scaled for the output embedding.
+
+        While it writes (`jaxspeed.cache`), memory is given at the first pass only.
+        """
         ...
 
     def output_embedding(self) -> Float[Array, "V D"]:

@@ -20,7 +20,7 @@ LAYERS = {
     0: "batch checks config types",
     1: "ambient cache launch ledger mesh nn ops paths remat sharding tensorfiles topology",
     2: "checkpoint data deepspeed_json deepspeed_keys deepspeed_rules gguf_files hf loss_scale "
-    "losses metrics objectives offload optim precision progress report schedules",
+    "losses metrics objectives offload optim precision progress report sampling schedules",
     3: "generate lora pipeline program state step",
     4: "__init__ __main__ cli doctor engine loop plan pretrained profile tasks",
 }

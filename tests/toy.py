@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 
 from jaxspeed import ops
+from jaxspeed.ambient import current
 from jaxspeed.config import (
     DTypeConfig,
     LossScaleConfig,
@@ -54,12 +55,15 @@ class Block(nnx.Module):
         self.w = param(NORMAL, rngs, (cfg.d_model, cfg.d_model), ("embed", "mlp"))
         self.b = param(jax.nn.initializers.zeros, rngs, (cfg.d_model,), ("embed",))
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, real: jax.Array) -> jax.Array:
         y = shard(ops.linear(x, self.w[...], self.b[...]), "batch", "seq", "mlp")
-        past = (
-            jnp.cumsum(y, axis=1)
-            / jnp.arange(1, x.shape[1] + 1, dtype=y.dtype)[None, :, None]
-        )
+        total = jnp.cumsum(y * real[..., None].astype(y.dtype), axis=1)
+        count = jnp.cumsum(real, axis=1)
+        if (cache := current().cache) is not None:
+            if (before := cache.take()) is not None:
+                total, count = total + before[0], count + before[1]
+            cache.keep((total[:, -1:], count[:, -1:]))
+        past = total / jnp.maximum(count, 1)[..., None].astype(y.dtype)
         return x + ops.dropout(jnp.tanh(past), self.dropout, site=0)
 
 
@@ -76,8 +80,11 @@ class Toy(nnx.Module):
         self, inputs: Any, positions: Any = None, segment_ids: Any = None
     ) -> jax.Array:
         """Returns the last hidden states."""
-        del positions, segment_ids
-        return self.layers(ops.embed(self.embed[...], inputs))
+        del positions
+        # Documents are not kept apart, but the padding of a prompt is.
+        writing = segment_ids is not None and current().cache is not None
+        real = segment_ids > 0 if writing else jnp.ones(inputs.shape, bool)
+        return self.layers(ops.embed(self.embed[...], inputs), real.astype(jnp.int32))
 
     def output_embedding(self) -> jax.Array:
         """Returns the input embedding."""

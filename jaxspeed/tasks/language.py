@@ -16,9 +16,10 @@ from jaxspeed.data import (
     open_corpus,
     train_iterator,
 )
-from jaxspeed.generate import sample_tokens
+from jaxspeed.generate import Writer
 from jaxspeed.metrics import bits_per_byte, perplexity
 from jaxspeed.program import Program
+from jaxspeed.sampling import SamplingConfig
 from jaxspeed.tasks.base import Evaluation
 from jaxspeed.types import Params
 
@@ -105,8 +106,10 @@ class LanguageModel:
         prompt = self.tokenizer.encode(cfg.prompt)
         if not len(prompt):
             prompt = np.asarray([self.tokenizer.end_id], np.int32)
-        ids = sample_tokens(
-            program, params, prompt, num_tokens=cfg.sample_tokens, temperature=cfg.temperature,
-            key=jax.random.fold_in(jax.random.key(self.run.seed), step),
-        )  # fmt: skip
-        return self.tokenizer.decode(ids)
+        sampling = SamplingConfig(
+            max_new_tokens=cfg.sample_tokens,
+            temperature=cfg.temperature,
+            seed=self.run.seed + step,
+        )
+        (text,) = Writer(program, params).write([prompt], sampling, shift=True)
+        return self.tokenizer.decode(np.concatenate([prompt, text.ids]))
