@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from jaxspeed.ambient import ambient, current
 from jaxspeed.cache import Cache
@@ -290,8 +290,8 @@ class _Shape(NamedTuple):
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class _Page:
-    """The state between passes, on the devices. Arrays have a row per text; scalars are the same everywhere."""
+class _Rows:
+    """The state between passes that each text has for itself: the first dim counts texts."""
 
     kept: PyTree
     """What the model keeps (`jaxspeed.cache`)."""
@@ -300,33 +300,34 @@ class _Page:
     tokens: Int[Array, "B R"]
     logprobs: Float[Array, "B R"]
     length: Int[Array, " B"]
-    """Tokens written into the row."""
+    """Tokens written."""
     last: Int[Array, " B"]
     """The newest token, which the model has not read yet."""
     position: Int[Array, " B"]
     """Of that token."""
     done: Bool[Array, " B"]
-    key: Array
-    """Of the row's draws."""
+    key: UInt32[Array, "B k"]
+    """Of the draws."""
     seen: Bool[Array, "B V"] | None
-    """Tokens that occurred in the row, where the choice depends on them."""
+    """Tokens that occurred, where the choice depends on them."""
     memory_segment_ids: Int[Array, "B M"] | None
-    slot: Int[Array, ""]
+
+
+class _Page(NamedTuple):
+    """The state between passes, on the devices."""
+
+    rows: Any
+    """`_Rows`, split over the batch axes."""
+    slot: Any
     """Where the newest token will lie."""
-    count: Int[Array, ""]
+    count: Any
     """Tokens written into the longest row."""
-    alive: Bool[Array, ""]
+    alive: Any
     """Whether any row, on any device, goes on."""
 
 
-_SCALARS = {"slot", "count", "alive"}
-
-
-def _page_specs() -> Any:
-    """Returns the partition of each part of a page over the batch axes."""
-    names = [f.name for f in dataclasses.fields(_Page)]
-    specs: Any = {n: P() if n in _SCALARS else P(BATCH_AXES) for n in names}
-    return _Page(**specs)
+_PAGE = _Page(P(BATCH_AXES), P(), P(), P())
+"""How a page lies on the ZeRO axes."""
 
 
 class _Session:
@@ -391,7 +392,7 @@ class _Session:
     def advance(self, tokens: int, ended: np.ndarray) -> None:
         """Writes so many tokens more, fewer if all rows end; `ended` texts are left as they are."""
         until = min(self.count + tokens, self._room)
-        stopped = np.ones(self._page.done.shape, bool)
+        stopped = np.ones(self._page.rows.done.shape, bool)
         stopped[: len(ended)] = ended
         advance = _make_advance(self.writer.program, self._shape)
         self._page, self._view = advance(
@@ -513,14 +514,14 @@ def _make_begin(
             )
         seen = None
         if shape.rule.penalised:
-            rows = jnp.arange(B)[:, None]
-            seen = jnp.zeros(logits.shape, bool).at[rows, tokens].max(real)
+            numbers = jnp.arange(B)[:, None]
+            seen = jnp.zeros(logits.shape, bool).at[numbers, tokens].max(real)
         each = lambda x: jnp.repeat(x, shape.copies, axis=0)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(
             jax.random.key(seed), arrays["row"]
         )
         texts = B * shape.copies
-        page = _Page(
+        rows = _Rows(
             kept=jax.tree.map(each, cache.kept),
             first=each(first),
             tokens=jnp.zeros((texts, shape.room), jnp.int32),
@@ -534,14 +535,12 @@ def _make_begin(
             memory_segment_ids=None
             if "segment_ids" not in arrays
             else each(arrays["segment_ids"]),
-            slot=jnp.int32(length - 1),
-            count=jnp.int32(0),
-            alive=jnp.bool_(True),
         )
+        page = _Page(rows, jnp.int32(length - 1), jnp.int32(0), jnp.bool_(True))
         return _append(page, each(logits), shape, knobs, written)
 
-    rows = dict.fromkeys(names, P(BATCH_AXES))
-    run = on_zero_axes(spec, local, (rows, P(), P(), P()), _page_specs())
+    arrays = dict.fromkeys(names, P(BATCH_AXES))
+    run = on_zero_axes(spec, local, (arrays, P(), P(), P()), _PAGE)
     return _viewed(program, run, donate=())
 
 
@@ -561,38 +560,37 @@ def _make_advance(
         written: Array,
     ) -> _Page:
         def one(page: _Page) -> _Page:
-            visible = (jnp.arange(shape.slots) <= page.slot)[None]
-            visible &= jnp.arange(shape.slots)[None] >= page.first[:, None]
-            cache = Cache(shape.slots, visible, page.slot, page.kept)
-            memory = {}
-            if page.memory_segment_ids is not None:
-                memory = {"memory_segment_ids": page.memory_segment_ids}
+            rows, slots = page.rows, jnp.arange(shape.slots)[None]
+            visible = (slots <= page.slot) & (slots >= rows.first[:, None])
+            cache = Cache(shape.slots, visible, page.slot, rows.kept)
             with ambient(spec.settings):
                 model = merge(spec.graphdef, _as_weights(spec, weights))
+                memory: dict[str, Any] = {}
                 if isinstance(model, Seq2Seq):
-                    memory["memory"] = None
+                    segments = rows.memory_segment_ids
+                    memory = {"memory": None, "memory_segment_ids": segments}
                 with ambient(cache=cache):
                     hidden = model.hidden(
-                        page.last[:, None], page.position[:, None], None, **memory
+                        rows.last[:, None], rows.position[:, None], None, **memory
                     )
                 logits = _logits(hidden[:, 0], head)
-            page = dataclasses.replace(page, kept=cache.kept)
-            return _append(page, logits, shape, knobs, written)
+            rows = dataclasses.replace(rows, kept=cache.kept)
+            return _append(page._replace(rows=rows), logits, shape, knobs, written)
 
         # Once for all passes: turned on a CPU, gathered at stage 3.
         with ambient(spec.settings):
             head = _head(merge(spec.graphdef, _as_weights(spec, weights)))
-        page = dataclasses.replace(page, done=page.done | stopped)
-        page = dataclasses.replace(page, alive=_any(~page.done))
+        done = page.rows.done | stopped
+        rows = dataclasses.replace(page.rows, done=done)
         goes_on = lambda page: page.alive & (page.count < until)
+        page = page._replace(rows=rows, alive=_any(~done))
         return jax.lax.while_loop(goes_on, one, page)
 
-    specs = _page_specs()
     run = jax.shard_map(
         local,
         mesh=spec.mesh,
-        in_specs=(_weight_specs(spec), specs, P(BATCH_AXES), P(), P(), P()),
-        out_specs=specs,
+        in_specs=(_weight_specs(spec), _PAGE, P(BATCH_AXES), P(), P(), P()),
+        out_specs=_PAGE,
         axis_names=manual_axes(spec.mesh),
         check_vma=False,
     )
@@ -607,7 +605,10 @@ def _viewed(
 
     def both(*args: Any) -> tuple[_Page, _View]:
         page = run(*args)
-        return page, _View(*(getattr(page, name) for name in _View._fields))
+        rows = page.rows
+        return page, _View(
+            rows.tokens, rows.logprobs, rows.length, rows.done, page.count
+        )
 
     return jax.jit(both, donate_argnums=donate, out_shardings=(None, whole))
 
@@ -620,40 +621,37 @@ def _append(
     written: Int[Array, ""],
 ) -> _Page:
     """Returns the page with the next token of each row that goes on."""
+    rows, number = page.rows, written + page.count
     logps = jax.nn.log_softmax(logits, -1)
-    number = written + page.count
     if shape.min_new and shape.end_ids:
-        early = jnp.where(number < written + shape.min_new, -jnp.inf, 0.0)
+        early = jnp.where(page.count < shape.min_new, -jnp.inf, 0.0)
         logits = logits.at[:, jnp.array(shape.end_ids)].add(early)
-    keys = jax.vmap(jax.random.fold_in, (0, None))(
-        jax.random.wrap_key_data(page.key), number
-    )
-    token = choose(logits, keys, shape.rule, knobs, page.seen)
-    goes_on = ~page.done
-    token = jnp.where(goes_on, token, 0)
+    keys = jax.random.wrap_key_data(rows.key)
+    keys = jax.vmap(jax.random.fold_in, (0, None))(keys, number)
+    goes_on = ~rows.done
+    token = jnp.where(goes_on, choose(logits, keys, shape.rule, knobs, rows.seen), 0)
     chosen = jnp.take_along_axis(logps, token[:, None], -1)[:, 0]
-    put = lambda buffer, column: jax.lax.dynamic_update_slice_in_dim(
-        buffer, column[:, None], page.count, 1
-    )
-    done = page.done
+
+    def put(buffer: Array, column: Array) -> Array:
+        column = column[:, None]
+        return jax.lax.dynamic_update_slice_in_dim(buffer, column, page.count, 1)
+
+    done, seen = rows.done, rows.seen
     for end in shape.end_ids:
         done |= goes_on & (token == end)
-    seen = page.seen
     if seen is not None:
         seen = seen.at[jnp.arange(len(token)), token].max(goes_on)
-    return dataclasses.replace(
-        page,
-        tokens=put(page.tokens, token),
-        logprobs=put(page.logprobs, jnp.where(goes_on, chosen, 0.0)),
-        length=page.length + goes_on,
+    rows = dataclasses.replace(
+        rows,
+        tokens=put(rows.tokens, token),
+        logprobs=put(rows.logprobs, jnp.where(goes_on, chosen, 0.0)),
+        length=rows.length + goes_on,
         last=token,
-        position=page.position + goes_on,
+        position=rows.position + goes_on,
         done=done,
         seen=seen,
-        slot=page.slot + 1,
-        count=page.count + 1,
-        alive=_any(~done),
     )
+    return _Page(rows, page.slot + 1, page.count + 1, _any(~done))
 
 
 def _any(flags: Bool[Array, " B"]) -> Bool[Array, ""]:

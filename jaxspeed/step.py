@@ -154,7 +154,7 @@ def make_predict_fn(
 
 
 def on_zero_axes(
-    spec: StepSpec, local: Callable[..., Any], others: tuple[P, ...], out_specs: Any
+    spec: StepSpec, local: Callable[..., Any], others: tuple[Any, ...], out_specs: Any
 ) -> Callable[..., Any]:
     """Returns `local(params, *others)` run on each device's own shards, with the ZeRO axes in hand.
 
