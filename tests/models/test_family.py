@@ -358,7 +358,9 @@ def test_low_precision_loss_and_gradients_are_close(name: str) -> None:
     norm = lambda tree: math.sqrt(
         sum(float(np.sum(np.square(x))) for x in jax.tree.leaves(tree))
     )
-    assert norm(jax.tree.map(np.subtract, slopes, exact_slopes)) < 0.03 * norm(
+    # T5's scores are not scaled down, so more of their rounding gets through.
+    share = 0.05 if name == "t5" else 0.03
+    assert norm(jax.tree.map(np.subtract, slopes, exact_slopes)) < share * norm(
         exact_slopes
     )
     assert {x.dtype for x in jax.tree.leaves(slopes)} == {jnp.dtype("float32")}

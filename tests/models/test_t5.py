@@ -28,7 +28,8 @@ def test_flops_per_token_counts_the_products_of_a_step() -> None:
         name: jnp.zeros((B, T), bool if name == "mask" else jnp.int32)
         for name in ("inputs", "decoder_inputs", "targets", "mask")
     }
-    jaxpr = jax.make_jaxpr(jax.grad(mean_loss("t5", cfg)))(params, given).jaxpr
+    step = jax.grad(mean_loss("t5", cfg, attention="xla"))
+    jaxpr = jax.make_jaxpr(step)(params, given).jaxpr
     # Of the decoder's attention to itself the formula counts the causal half.
     hidden = 6.0 * L * T * cfg.num_heads * cfg.head_dim
     counted = dot_flops(jaxpr, attention=False) + dot_flops(jaxpr, attention=True)
