@@ -217,14 +217,14 @@ def test_packed_pairs_equal_separate_ones(name: str) -> None:
     each, places = inputs.shape[1] // length, POSITIONS[:B, :length]
 
     @jax.jit
-    def run(
-        inputs: Any, segments: Any, ids: Any, positions: Any, decoder_segments: Any
+    def encoded_and_read(
+        params: Any, inputs: Any, segments: Any, *args: jax.Array
     ) -> jax.Array:
-        model = nn.merge(graphdef, parameters(name))
+        model = nn.merge(graphdef, params)
         given = {"memory": model.encode(inputs, segments)}
-        given["memory_segment_ids"] = segments
-        return model.hidden(ids, positions, decoder_segments, **given)
+        return model.hidden(*args, **given, memory_segment_ids=segments)
 
+    run = functools.partial(encoded_and_read, parameters(name))
     source, target = (0, 4, 9), (0, 5, 8)
     segments, decoder_segments = (
         sum((places >= cut).astype(np.int32) for cut in cuts[:2]) * (places < cuts[2])
