@@ -272,9 +272,11 @@ class _Shown:
         return self.show
 
     def show(self, text: "Text") -> None:
-        """Shows what is new; a character that is not whole yet, or the end of what may become a stop string, waits."""
+        """Shows what is new; a character that is not whole yet waits."""
+        if not self.on:
+            return
         words = _trimmed(self.model, text, self.stop)
-        if self.on and words.startswith(self.said):
+        if words.startswith(self.said):
             whole = words if text.ended else words.rstrip("\ufffd")
             sys.stdout.write(whole[len(self.said) :])
             sys.stdout.flush()

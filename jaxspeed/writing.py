@@ -178,8 +178,8 @@ def open_writer(
     program, params = open_model(
         folder, compute=compute, models=models, mesh=mesh, zero=zero
     )
-    theirs = is_hugging_face(folder)
     tokenizer = _tokenizer_in(folder)
+    writer = Writer(program, params, end_ids=_end_ids(folder, tokenizer))
     vocab_size = program.run.model.vocab_size
     if tokenizer is not None and tokenizer.vocab_size > vocab_size:
         raise ConfigError(
@@ -188,11 +188,9 @@ def open_writer(
     lead: tuple[int, ...] = ()
     if tokenizer is not None:
         # A run's documents are led in by the end token (`jaxspeed.data.pack`).
+        theirs = is_hugging_face(folder)
         lead = tokenizer.frame(1).before if theirs else (tokenizer.end_id,)
-    ends = _end_ids(folder, tokenizer)
-    return TextModel(
-        Writer(program, params, end_ids=ends), tokenizer, load_template(folder), lead
-    )
+    return TextModel(writer, tokenizer, load_template(folder), lead)
 
 
 def _tokenizer_in(folder: Path) -> Tokenizer | None:

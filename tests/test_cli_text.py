@@ -14,7 +14,7 @@ from jaxspeed import cli
 from jaxspeed.config import RunConfig
 from jaxspeed.hf import export_params
 from jaxspeed.program import build_program
-from models import bert, gpt2
+from models import gpt2, vit
 
 
 WORDS = ["a", "b", "c", "d", "User", "Assistant", ":", "hello", "<unk>"]
@@ -178,9 +178,9 @@ def test_what_cannot_be_is_one_line(
 
 
 def test_model_that_does_not_write_is_refused(tmp_path: Path, capsys: Any) -> None:
-    cfg = bert.Config(
-        vocab_size=16, max_seq_len=16, num_layers=1, num_heads=2, d_model=8, d_ff=16, head="mlm"
-    )  # fmt: skip
+    cfg = vit.Config(
+        image_size=4, patch_size=2, num_layers=1, num_heads=2, d_model=8, d_ff=16
+    )
     export(cfg, tmp_path)
     said = refusal(capsys, "generate", tmp_path, "--prompt-ids", "1")
     assert "does not write text; give a decoder" in said
