@@ -10,6 +10,7 @@ what is unknown, missing or of another shape is an error that names it.
 import functools
 import importlib
 import json
+import logging
 import math
 import re
 import sys
@@ -23,6 +24,12 @@ import numpy as np
 from jaxspeed.config import ConfigError, suggest
 from jaxspeed.tensorfiles import TensorInfo, read_folder, write_folder
 from jaxspeed.types import Params
+
+
+logger = logging.getLogger(__name__)
+
+Heads = Sequence[tuple[str, str]]
+"""(name in `architectures`, `head` of the Config): the first with a name is read, the first with a head is written."""
 
 
 class Row(NamedTuple):
@@ -44,8 +51,8 @@ class Row(NamedTuple):
 class Exchange(NamedTuple):
     """What a family is to Hugging Face."""
 
-    architectures: Mapping[str, str]
-    """Names in `architectures` of config.json, by `model_type`."""
+    architectures: Mapping[str, str | Heads]
+    """Name in `architectures` of config.json, by `model_type`; one for each head where there are several."""
     read_config: Callable[[Mapping[str, Any]], Any]
     """From config.json to the family's Config; raises ConfigError for what the family does not do."""
     write_config: Callable[[Any], dict[str, Any]]
@@ -53,9 +60,15 @@ class Exchange(NamedTuple):
     rows: Callable[[Any], Sequence[Row]]
     """From the Config to the table."""
     prefix: str = ""
-    """What the names of a headless model lack, as in "transformer."."""
+    """Regular expression of what the names of a headless model lack: r"transformer\\.", for instance."""
     ignored: str = r"(?!)"
     """Regular expression of names that hold no parameter (masks, rotary tables) or repeat one (a tied head)."""
+    heads: str = r"(?!)"
+    """Regular expression of names that belong to one head or another; new where a run has another head than its folder."""
+    pooling: str = r"(?!)"
+    """Regular expression of names that only some heads read, which are trained before them; taken where they are."""
+    renamed: Sequence[tuple[str, str]] = ()
+    """Regular expressions of what names were called once, with what that became."""
 
 
 def find_exchange(model_type: str, package: str = "models") -> Exchange:
@@ -147,7 +160,11 @@ def read_settings(folder: str | Path) -> dict[str, Any]:
 
 
 def import_params(
-    folder: str | Path, model_config: Any, abstract_params: Params
+    folder: str | Path,
+    model_config: Any,
+    abstract_params: Params,
+    *,
+    fresh: Params | None = None,
 ) -> Params:
     """Returns the parameters of a Hugging Face folder, in the dtypes and shards asked for.
 
@@ -155,6 +172,8 @@ def import_params(
         folder: config.json and safetensors files.
         model_config: of the model that takes them; it must describe the folder's model.
         abstract_params: a ShapeDtypeStruct with its NamedSharding for every leaf.
+        fresh: new parameters, whose head is taken where the folder's model has another head;
+            None: it must have the same.
 
     Raises:
         ConfigError: the folder's model is another one, or its tensors are not just those wanted.
@@ -166,24 +185,24 @@ def import_params(
         raise ConfigError(
             f"{folder}: a model of type {settings.get('model_type')!r}, the run's family does {', '.join(exchange.architectures)}"
         )
-    _refuse_another_model(folder, exchange.read_config(settings), model_config)
+    there = exchange.read_config(settings)
+    refuse_another_model(folder, there, model_config, any_head=fresh is not None)
+    fresh = fresh if is_other_head(there, model_config) else None
     tensors = named_tensors(folder, model_config)
-    return take_params(tensors, model_config, abstract_params, source=str(folder))
-
-
-def take_params(
-    tensors: Mapping[str, TensorInfo],
-    model_config: Any,
-    abstract_params: Params,
-    *,
-    source: str,
-) -> Params:
-    """Returns the parameters made of these tensors, named as Hugging Face does; see `import_params`."""
-    parts = check_tensors(tensors, model_config, abstract_params, source=source)
+    parts = check_tensors(
+        tensors,
+        model_config,
+        abstract_params,
+        source=str(folder),
+        new_head=fresh is not None,
+    )
     leaves, tree = jax.tree_util.tree_flatten_with_path(abstract_params)
+    new = {_dotted(path): leaf for path, leaf in _leaves_of(fresh)}
 
     def take(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        part = parts[_dotted(path)]
+        part = parts.get(_dotted(path))
+        if part is None:
+            return new[_dotted(path)]
         read: Any = functools.partial(_read_shard, part, tensors, leaf)
         return jax.make_array_from_callback(leaf.shape, leaf.sharding, read)
 
@@ -196,31 +215,54 @@ def check_tensors(
     abstract_params: Params,
     *,
     source: str,
-) -> dict[str, Any]:
-    """Raises unless these are just the tensors of this model; returns how each parameter is part of them.
+    new_head: bool = False,
+) -> dict[str, "_Part"]:
+    """Raises unless these are the tensors of this model; returns how each parameter is part of them.
+
+    Tensors of heads that the model has not are passed over, which the log says.
+
+    Args:
+        tensors: by the names of Hugging Face.
+        model_config: of the model.
+        abstract_params: its parameters' shapes.
+        source: where they come from, for messages.
+        new_head: its head is made anew, so the result lacks it.
 
     Raises:
         ConfigError: one is missing, unknown or of another shape.
     """
-    leaves = jax.tree_util.tree_leaves_with_path(abstract_params)
-    shapes = {_dotted(path): leaf for path, leaf in leaves}
-    parts = _parts(exchange_of(model_config).rows(model_config), shapes)
+    shapes = {_dotted(path): leaf for path, leaf in _leaves_of(abstract_params)}
+    exchange = exchange_of(model_config)
+    heads = f"(?:{exchange.heads})|(?:{exchange.pooling})"
+    of_head = lambda name: re.fullmatch(heads, name) is not None
+    parts = _parts(exchange.rows(model_config), shapes)
     wanted = {name for part in parts.values() for name in part.names}
-    missing = sorted(wanted - set(tensors))
-    if missing:
-        raise ConfigError(f"{source}: lacks {_some(missing)}, which the model needs")
-    unknown = sorted(set(tensors) - wanted)
-    if unknown:
+    new = wanted - set(tensors)
+    if new_head:
+        new |= {name for name in wanted if re.fullmatch(exchange.heads, name)}
+    if missing := [name for name in new if not (new_head and of_head(name))]:
         raise ConfigError(
-            f"{source}: holds {_some(unknown)}, which the model has no place for"
+            f"{source}: lacks {_some(sorted(missing))}, which the model needs"
         )
-    for part in parts.values():
+    left = set(tensors) - (wanted - new)
+    if unknown := [name for name in left if not of_head(name)]:
+        raise ConfigError(
+            f"{source}: holds {_some(sorted(unknown))}, which the model has no place for"
+        )
+    if left:
+        names = ", ".join(sorted(left))
+        logger.warning("%s: left out, for they are of another head: %s", source, names)
+    if new:
+        names = ", ".join(sorted(new))
+        logger.warning("%s: new, for they are of the head: %s", source, names)
+    found = {n: part for n, part in parts.items() if not set(part.names) & new}
+    for part in found.values():
         for name in part.names:
             if tensors[name].shape != part.shape_there:
                 raise ConfigError(
                     f"{source}: {name} is of shape {tensors[name].shape}, the model's is {part.shape_there}"
                 )
-    return parts
+    return found
 
 
 def export_params(
@@ -248,14 +290,13 @@ def export_params(
         ConfigError: the folder holds a model, or cannot be written.
     """
     exchange = exchange_of(model_config)
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    arrays = {_dotted(path): leaf for path, leaf in leaves}
+    arrays = {_dotted(path): leaf for path, leaf in _leaves_of(params)}
     parts = _parts(exchange.rows(model_config), arrays)
     return write_model(
         folder,
         _theirs(parts, arrays),
         exchange.write_config(model_config),
-        exchange,
+        model_config,
         dtype=dtype,
         shard_bytes=shard_bytes,
         texts=texts,
@@ -266,7 +307,7 @@ def write_model(
     folder: str | Path,
     tensors: Iterable[tuple[str, TensorInfo]],
     settings: Mapping[str, Any],
-    exchange: Exchange,
+    model_config: Any,
     *,
     dtype: Any,
     shard_bytes: int,
@@ -274,9 +315,13 @@ def write_model(
 ) -> list[Path]:
     """Writes tensors under Hugging Face's names, and their config.json, as a folder; see `export_params`."""
     dtype = np.dtype(dtype)
+    architecture = exchange_of(model_config).architectures[settings["model_type"]]
+    if not isinstance(architecture, str):
+        head = model_config.head
+        architecture = next(name for name, h in architecture if h == head)
     settings = {
         **settings,
-        "architectures": [exchange.architectures[settings["model_type"]]],
+        "architectures": [architecture],
         "torch_dtype": dtype.name,
     }
     config = json.dumps(settings, indent=2) + "\n"
@@ -399,32 +444,69 @@ def _theirs(
 
 
 def named_tensors(folder: Path, model_config: Any) -> dict[str, TensorInfo]:
-    """Returns a folder's tensors under the names of the whole model, without what holds no parameter.
+    """Returns a folder's tensors under the names that the model has for them, without what holds no parameter.
 
     Raises:
         ConfigError: see `jaxspeed.tensorfiles.read_folder`.
     """
     tensors, exchange = read_folder(folder), exchange_of(model_config)
-    headless = exchange.prefix and not any(
-        name.startswith(exchange.prefix) for name in tensors
+    for pattern, new in exchange.renamed:
+        tensors = {re.sub(pattern, new, n): info for n, info in tensors.items()}
+    # Of a model without its head the names are shorter.
+    first = lambda names: next(
+        filter(None, map(re.compile(exchange.prefix).match, names)), None
     )
-    named = {
-        (exchange.prefix if headless else "") + name: info
-        for name, info in tensors.items()
-    }
+    here = first(row.theirs for row in exchange.rows(model_config))
+    if here is None:
+        shorten = re.compile(f"^(?:{exchange.prefix})")
+        tensors = {shorten.sub("", n): info for n, info in tensors.items()}
+    elif first(tensors) is None:
+        tensors = {here[0] + n: info for n, info in tensors.items()}
     return {
-        n: info for n, info in named.items() if not re.fullmatch(exchange.ignored, n)
+        n: info for n, info in tensors.items() if not re.fullmatch(exchange.ignored, n)
     }
 
 
-def _refuse_another_model(folder: Path, there: Any, here: Any) -> None:
-    # A run may train with dropout, and on shorter sequences than the model could take.
+def refuse_another_model(
+    source: str | Path, there: Any, here: Any, *, any_head: bool = False
+) -> None:
+    """Raises unless a model's Config is the run's; it may train with dropout, and call its labels as it likes.
+
+    Args:
+        source: where the model lies, for messages.
+        there: its Config.
+        here: the run's.
+        any_head: another head will do.
+
+    Raises:
+        ConfigError: they differ.
+    """
+    free = {"dropout", "labels"}
+    if any_head and is_other_head(there, here):
+        free |= {"head", "num_labels"}
     for name in there.__dataclass_fields__:
         theirs, ours = getattr(there, name), getattr(here, name)
-        if theirs != ours and name != "dropout":
+        if theirs != ours and name not in free:
             raise ConfigError(
-                f"{folder}: its model has {name}={theirs}, the run's model.{name} is {ours}; give --model.{name} {theirs}"
+                f"{source}: its model has {name}={theirs}, the run's model.{name} is {ours}; give --model.{name} {theirs}"
             )
+
+
+def is_other_head(there: Any, here: Any) -> bool:
+    """Whether two Configs of a family name different heads."""
+    return "head" in there.__dataclass_fields__ and there.head != here.head
+
+
+def head_paths(model_config: Any) -> set[str]:
+    """Returns the dotted paths of the parameters that belong to the model's head alone."""
+    exchange = exchange_of(model_config)
+    rows = exchange.rows(model_config)
+    heads = [row for row in rows if re.fullmatch(exchange.heads, row.theirs)]
+    return {path for row in heads for path in row.paths}
+
+
+def _leaves_of(params: Params | None) -> list[tuple[Any, Any]]:
+    return jax.tree_util.tree_leaves_with_path(params)
 
 
 def _dotted(path: Any) -> str:
@@ -460,3 +542,37 @@ def required(settings: Mapping[str, Any], name: str) -> Any:
     if settings.get(name) is None:
         raise ConfigError(f"config.json: has no {name}, which this family needs")
     return settings[name]
+
+
+def head_of(settings: Mapping[str, Any], heads: str | Heads) -> str:
+    """Returns the head that `architectures` of config.json names; the first, if it names none.
+
+    Raises:
+        ConfigError: it names another one.
+    """
+    assert not isinstance(heads, str)
+    named = settings.get("architectures") or [heads[0][0]]
+    setting({"architectures": named[0]}, "architectures", [name for name, _ in heads])
+    return next(head for name, head in heads if name == named[0])
+
+
+def read_labels(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns `num_labels` and `labels` (their names; empty, if config.json has none) for a Config."""
+    named = settings.get("id2label") or {}
+    count = len(named) or settings.get("num_labels", 2)
+    names = tuple(str(named.get(str(i), f"LABEL_{i}")) for i in range(count))
+    known = names != _unnamed(count)
+    return {"num_labels": count, "labels": names if known else ()}
+
+
+def write_labels(num_labels: int, labels: Sequence[str]) -> dict[str, Any]:
+    """Returns the settings of config.json that name the labels."""
+    names = tuple(labels) or _unnamed(num_labels)
+    return {
+        "id2label": {str(i): name for i, name in enumerate(names)},
+        "label2id": {name: i for i, name in enumerate(names)},
+    }
+
+
+def _unnamed(count: int) -> tuple[str, ...]:
+    return tuple(f"LABEL_{i}" for i in range(count))

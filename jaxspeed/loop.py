@@ -170,7 +170,10 @@ class _Run:
         state = self.program.init_state()
         if self.run.init:
             state["params"] = read_params(
-                self.run.init, self.run.model, abstract["params"]
+                self.run.init,
+                self.run.model,
+                abstract["params"],
+                fresh=state["params"],
             )
         return state
 

@@ -35,7 +35,7 @@ from jaxspeed.types import PyTree
 
 
 _STACKED = ("layers", "expert")
-_NOT_HIDDEN = ("vocab", "seq")
+_NOT_HIDDEN = ("vocab", "seq", "labels")
 _NS = (3.4445, -4.7750, 2.0315)
 
 

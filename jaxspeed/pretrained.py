@@ -3,6 +3,7 @@
 
 import dataclasses
 import importlib
+import logging
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -11,25 +12,20 @@ import numpy as np
 
 from jaxspeed import nn
 from jaxspeed.checkpoint import restore_params
-from jaxspeed.config import (
-    ConfigError,
-    DTypeConfig,
-    MeshConfig,
-    RunConfig,
-    ZeroConfig,
-    suggest,
-)
+from jaxspeed.config import ConfigError, DTypeConfig, RunConfig, suggest
 from jaxspeed.gguf_files import read_gguf
 from jaxspeed.hf import (
     check_tensors,
     config_of,
-    exchange_of,
     export_params,
+    head_paths,
     import_params,
     is_hugging_face,
+    is_other_head,
     named_tensors,
     read_config,
     read_settings,
+    refuse_another_model,
     write_model,
 )
 from jaxspeed.program import Program, build_program
@@ -37,14 +33,9 @@ from jaxspeed.state import with_shardings
 from jaxspeed.types import Params
 
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-    "generation_config.json",
-    "preprocessor_config.json",
-)
-"""What goes with a model, beside its tensors: what its inputs and outputs mean."""
+logger = logging.getLogger(__name__)
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
 class Pretrained(NamedTuple):
@@ -55,12 +46,7 @@ class Pretrained(NamedTuple):
 
 
 def open_model(
-    path: str | Path,
-    *,
-    compute: str = "float32",
-    models: str = "models",
-    mesh: MeshConfig | None = None,
-    zero: ZeroConfig | None = None,
+    path: str | Path, *, compute: str = "float32", models: str = "models"
 ) -> Pretrained:
     """Returns the model of a run directory or a Hugging Face folder, sharded over all devices.
 
@@ -68,8 +54,6 @@ def open_model(
         path: either of them.
         compute: dtype of the products.
         models: package of the model families.
-        mesh: the devices' arrangement; all on fsdp by default.
-        zero: how the parameters are sharded over them.
 
     Raises:
         ConfigError: there is no model, it is damaged, or no family is of its kind.
@@ -81,8 +65,6 @@ def open_model(
         seq_len=getattr(cfg, "max_seq_len", 1024),
         micro_batch_size=1,
         dtype=DTypeConfig(compute=cast(Any, compute)),
-        mesh=mesh or MeshConfig(),
-        zero=zero or ZeroConfig(),
     )
     program = build_program(run)
     return Pretrained(program, read_params(path, cfg, program.abstract_state["params"]))
@@ -110,20 +92,70 @@ def model_config(path: str | Path, *, models: str = "models") -> Any:
                 raise ConfigError(
                     f"{where}: model.{name}: {family} has no such field.{suggest(name, known)}"
                 )
-        return config(**settings["model"])
+        given = dict(settings["model"])
+        named = settings.get("task", {}).get("labels")
+        if named and given.get("labels") == []:
+            given["labels"] = named
+        plain = lambda value: tuple(value) if isinstance(value, list) else value
+        return config(**{name: plain(value) for name, value in given.items()})
     except (ImportError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{where}: the model cannot be made ({error})") from None
 
 
-def read_params(path: str | Path, cfg: Any, abstract_params: Params) -> Params:
+def read_params(
+    path: str | Path, cfg: Any, abstract_params: Params, *, fresh: Params | None = None
+) -> Params:
     """Returns the parameters that lie there (a run's newest, or a Hugging Face folder's), in the dtypes and shards asked for.
+
+    Args:
+        path: of the run or folder.
+        cfg: of the model that takes them.
+        abstract_params: a ShapeDtypeStruct with its NamedSharding for every leaf.
+        fresh: new parameters, whose head is taken where the model there has another head; None:
+            it must have the same.
 
     Raises:
         ConfigError: there are none, they are damaged, or of another model.
     """
     if is_hugging_face(path):
-        return import_params(path, cfg, abstract_params)
+        return import_params(path, cfg, abstract_params, fresh=fresh)
+    if fresh is not None and (Path(path).expanduser() / "config.json").is_file():
+        there = model_config(path, models=type(cfg).__module__.partition(".")[0])
+        if type(there) is type(cfg) and is_other_head(there, cfg):
+            refuse_another_model(path, there, cfg, any_head=True)
+            return _with_new_head(path, there, cfg, abstract_params, fresh)
     return restore_params(path, abstract_params)
+
+
+def _with_new_head(
+    path: str | Path, there: Any, cfg: Any, abstract_params: Params, fresh: Params
+) -> Params:
+    """Returns a run's parameters, but for the head, and those of `fresh` for that."""
+    dotted = lambda path: jax.tree_util.keystr(path, simple=True, separator=".")
+    taken, tree = jax.tree_util.tree_flatten_with_path(abstract_params)
+    wanted = {dotted(path): leaf for path, leaf in taken}
+    whole = jax.sharding.NamedSharding(
+        taken[0][1].sharding.mesh, jax.sharding.PartitionSpec()
+    )
+    heads = head_paths(there) | head_paths(cfg)
+
+    def sharded(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        same = dotted(path) in wanted and dotted(path) not in heads
+        return wanted[dotted(path)] if same else leaf.update(sharding=whole)
+
+    shapes = nn.abstract(lambda: there.build(nn.rngs(jax.random.key(0))))[1]
+    shapes = jax.tree_util.tree_map_with_path(sharded, shapes)
+    held = jax.tree_util.tree_leaves_with_path(restore_params(path, shapes))
+    found = {dotted(path): leaf for path, leaf in held if dotted(path) not in heads}
+    new = sorted(set(wanted) - set(found))
+    logger.warning("%s: new, for they are of the head: %s", path, ", ".join(new))
+    new_leaves = jax.tree.leaves(fresh)
+    return tree.unflatten(
+        [
+            found.get(dotted(path), leaf)
+            for (path, _), leaf in zip(taken, new_leaves, strict=True)
+        ]
+    )
 
 
 def import_model(
@@ -149,9 +181,11 @@ def import_model(
     else:
         settings, tensors, texts = read_gguf(source)
         cfg = config_of(settings, models)
-    check_tensors(tensors, cfg, _abstract_params(cfg), source=str(source))
+    parts = check_tensors(tensors, cfg, _abstract_params(cfg), source=str(source))
+    wanted = {name for part in parts.values() for name in part.names}
+    kept = ((name, info) for name, info in tensors.items() if name in wanted)
     how: dict[str, Any] = {"dtype": dtype, "shard_bytes": shard_bytes, "texts": texts}
-    return write_model(folder, tensors.items(), settings, exchange_of(cfg), **how)
+    return write_model(folder, kept, settings, cfg, **how)
 
 
 def export_run(

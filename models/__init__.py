@@ -2,6 +2,8 @@
 """Model families, one file each. Not part of the installed library, which never imports them by itself."""
 
 FAMILIES = {
+    "bert": "models.bert",
+    "distilbert": "models.bert",
     "gpt2": "models.gpt2",
     "llama": "models.llama",
     "mistral": "models.llama",

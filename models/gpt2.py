@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GPT-2 (Radford et al. 2019), as Hugging Face's GPT2LMHeadModel.
+"""GPT-2 (Radford et al. 2019), as Hugging Face's GPT2LMHeadModel and its other heads.
 
 Learned positions, pre-layer-norm blocks, biases everywhere, tanh GELU, tied embeddings. Differs:
 query, key and value are three parameters, not one; dropout is one rate.
@@ -15,9 +15,19 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxspeed import ops
-from jaxspeed.hf import Exchange, Row, required, setting
+from jaxspeed.hf import Exchange, Heads, Row, required, setting
 from jaxspeed.nn import Layers, param
 from jaxspeed.sharding import shard
+from models.heads import (
+    DecoderHead,
+    OfDecoder,
+    check_labels,
+    decoder_rows,
+    num_head_params,
+    read_decoder_head,
+    refuse_text,
+    write_decoder_head,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,9 +50,16 @@ class Config:
     """Share dropped after embedding, attention and MLP."""
     norm_eps: float = 1e-5
     """Added to the variance in layer norms."""
+    head: DecoderHead = "lm"
+    """What it gives: logits of the next token, of the row's label, of each token's label, or a value a token."""
+    num_labels: int = 2
+    """Labels (C) of the heads classify and tag."""
+    labels: tuple[str, ...] = ()
+    """Their names, if known."""
 
     def __post_init__(self) -> None:
-        """Checks that heads divide the width."""
+        """Checks that heads divide the width, and the labels."""
+        check_labels(self.num_labels, len(self.labels))
         if self.num_heads < 1:
             raise ValueError(f"model.num_heads={self.num_heads}: give 1 or more")
         if self.d_model % self.num_heads:
@@ -69,14 +86,15 @@ class Config:
         """Returns the number of parameters."""
         D, F = self.d_model, self.ff
         block = 4 * D * D + 4 * D + 2 * D * F + F + D + 4 * D
-        return (
-            (self.vocab_size + self.max_seq_len) * D + self.num_layers * block + 2 * D
-        )
+        embeddings = (self.vocab_size + self.max_seq_len) * D
+        head = num_head_params(self.head, D, self.num_labels)
+        return embeddings + self.num_layers * block + 2 * D + head
 
     def flops_per_token(self, seq_len: int) -> float:
         """Returns model FLOPs of forward and backward for one token, attention counted causally."""
         D, F = self.d_model, self.ff
-        matmul = self.num_layers * (4 * D * D + 2 * D * F) + self.vocab_size * D
+        matmul = self.num_layers * (4 * D * D + 2 * D * F)
+        matmul += self.vocab_size * D * (self.head == "lm")
         return 6.0 * matmul + 6.0 * self.num_layers * seq_len * D
 
 
@@ -184,6 +202,9 @@ class GPT2(nnx.Module):
         )
         self.layers = Layers(lambda rngs: Block(cfg, rngs), cfg.num_layers, rngs)
         self.final_norm = LayerNorm(cfg, rngs)
+        self.labelled = cfg.head != "lm"
+        if self.labelled:
+            self.head = OfDecoder(cfg.head, cfg.d_model, cfg.num_labels, rngs)
 
     def hidden(
         self,
@@ -206,6 +227,8 @@ class GPT2(nnx.Module):
 
     def output_embedding(self) -> Float[Array, "V D"]:
         """Returns the input embedding: it is tied."""
+        if self.labelled:
+            refuse_text(self.head.head)
         return self.embed[...]
 
     def __call__(
@@ -213,11 +236,23 @@ class GPT2(nnx.Module):
         inputs: Int[Array, "B T"],
         positions: Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
-    ) -> Float[Array, "B T V"]:
-        """Returns the logits."""
-        return ops.linear(
-            self.hidden(inputs, positions, segment_ids), self.output_embedding().T
-        )
+        token_types: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B ..."]:
+        """Returns the head's result; see `Config.head`. Types of texts are not read."""
+        del token_types
+        hidden = self.hidden(inputs, positions, segment_ids)
+        if self.labelled:
+            return self.head(hidden, segment_ids)
+        return ops.linear(hidden, self.output_embedding().T)
+
+
+_HEADS: Heads = [
+    ("GPT2LMHeadModel", "lm"),
+    ("GPT2Model", "lm"),
+    ("GPT2ForSequenceClassification", "classify"),
+    ("GPT2ForTokenClassification", "tag"),
+    ("GPT2ForTokenClassification", "value"),
+]
 
 
 def _read_config(hf: Mapping[str, Any]) -> Config:
@@ -235,6 +270,7 @@ def _read_config(hf: Mapping[str, Any]) -> Config:
         d_model=required(hf, "n_embd"),
         d_ff=hf.get("n_inner") or 0,
         norm_eps=hf.get("layer_norm_epsilon", 1e-5),
+        **read_decoder_head(hf, _HEADS),
     )
 
 
@@ -253,6 +289,7 @@ def _write_config(cfg: Config) -> dict[str, Any]:
         "embd_pdrop": cfg.dropout,
         "attn_pdrop": 0.0,
         "tie_word_embeddings": True,
+        **write_decoder_head(cfg.head, cfg.num_labels, cfg.labels),
     }
 
 
@@ -284,14 +321,16 @@ def _rows(cfg: Config) -> list[Row]:
         Row(there + "mlp.c_proj.bias", here + "mlp.b_down"),
         Row("transformer.ln_f.weight", "final_norm.scale"),
         Row("transformer.ln_f.bias", "final_norm.bias"),
+        *decoder_rows(cfg.head, "classifier"),
     ]
 
 
 EXCHANGE = Exchange(
-    architectures={"gpt2": "GPT2LMHeadModel"},
+    architectures={"gpt2": _HEADS},
     read_config=_read_config,
     write_config=_write_config,
     rows=_rows,
-    prefix="transformer.",
+    prefix=r"transformer\.",
     ignored=r".*\.attn\.(bias|masked_bias)|(transformer\.)?lm_head\.weight",
+    heads=r"(score|classifier)\..*",
 )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Llama 2 and 3 (arXiv 2307.09288, 2407.21783) and their kin, as Hugging Face's LlamaForCausalLM.
+"""Llama 2 and 3 (arXiv 2307.09288, 2407.21783) and their kin, as Hugging Face's LlamaForCausalLM and its other heads.
 
 RMS norm before attention and MLP, rotary positions, grouped-query attention, SwiGLU, no biases,
 embeddings tied or not. By configuration also Mistral without a sliding window (2310.06825), Qwen2
@@ -18,9 +18,19 @@ from jaxtyping import Array, Float, Int
 
 from jaxspeed import ops
 from jaxspeed.config import ConfigError
-from jaxspeed.hf import Exchange, Row, required, setting
+from jaxspeed.hf import Exchange, Heads, Row, required, setting
 from jaxspeed.nn import Layers, param
 from jaxspeed.sharding import shard
+from models.heads import (
+    DecoderHead,
+    OfDecoder,
+    check_labels,
+    decoder_rows,
+    num_head_params,
+    read_decoder_head,
+    refuse_text,
+    write_decoder_head,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,9 +65,16 @@ class Config:
     """One matrix for input and output embedding."""
     dropout: float = 0.0
     """Share dropped after attention and MLP."""
+    head: DecoderHead = "lm"
+    """What it gives: logits of the next token, of the row's label, of each token's label, or a value a token."""
+    num_labels: int = 2
+    """Labels (C) of the heads classify and tag."""
+    labels: tuple[str, ...] = ()
+    """Their names, if known."""
 
     def __post_init__(self) -> None:
-        """Checks the head counts."""
+        """Checks the head counts and the labels."""
+        check_labels(self.num_labels, len(self.labels))
         for name in ("num_heads", "num_kv_heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name}={getattr(self, name)}: give 1 or more")
@@ -79,15 +96,23 @@ class Config:
         D, N, K, H = self.d_model, self.num_heads, self.num_kv_heads, self.head_dim
         block = self._matrices() + 2 * D
         block += (N + 2 * K) * H * self.qkv_bias + 2 * H * self.qk_norm
+        head = num_head_params(self.head, D, self.num_labels)
         return (
-            (1 if self.tie_embeddings else 2) * self.vocab_size * D
+            (2 if self.unties else 1) * self.vocab_size * D
             + self.num_layers * block
             + D
+            + head
         )
+
+    @property
+    def unties(self) -> bool:
+        """Whether the output embedding is a matrix of its own."""
+        return self.head == "lm" and not self.tie_embeddings
 
     def flops_per_token(self, seq_len: int) -> float:
         """Returns model FLOPs of forward and backward for one token, attention counted causally."""
-        matmul = self.num_layers * self._matrices() + self.vocab_size * self.d_model
+        matmul = self.num_layers * self._matrices()
+        matmul += self.vocab_size * self.d_model * (self.head == "lm")
         heads = self.num_heads * self.head_dim
         return 6.0 * matmul + 6.0 * self.num_layers * seq_len * heads
 
@@ -221,16 +246,18 @@ class Llama(nnx.Module):
     """The decoder. `hidden` and `output_embedding` make it a `jaxspeed.types.CausalLM`."""
 
     def __init__(self, cfg: Config, rngs: nnx.Rngs) -> None:
-        self.tied = cfg.tie_embeddings
+        self.unties, self.labelled = cfg.unties, cfg.head != "lm"
         self.embed = param(
             NORMAL, rngs, (cfg.vocab_size, cfg.d_model), ("vocab", "embed")
         )
         self.layers = Layers(lambda rngs: Block(cfg, rngs), cfg.num_layers, rngs)
         self.final_norm = RMSNorm(cfg.d_model, rngs, eps=cfg.norm_eps)
-        if not cfg.tie_embeddings:
+        if cfg.unties:
             self.lm_head = param(
                 NORMAL, rngs, (cfg.vocab_size, cfg.d_model), ("vocab", "embed")
             )
+        if self.labelled:
+            self.head = OfDecoder(cfg.head, cfg.d_model, cfg.num_labels, rngs)
 
     def hidden(
         self,
@@ -247,18 +274,41 @@ class Llama(nnx.Module):
 
     def output_embedding(self) -> Float[Array, "V D"]:
         """Returns the output embedding."""
-        return self.embed[...] if self.tied else self.lm_head[...]
+        if self.labelled:
+            refuse_text(self.head.head)
+        return self.lm_head[...] if self.unties else self.embed[...]
 
     def __call__(
         self,
         inputs: Int[Array, "B T"],
         positions: Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
-    ) -> Float[Array, "B T V"]:
-        """Returns the logits."""
-        return ops.linear(
-            self.hidden(inputs, positions, segment_ids), self.output_embedding().T
-        )
+        token_types: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B ..."]:
+        """Returns the head's result; see `Config.head`. Types of texts are not read."""
+        del token_types
+        hidden = self.hidden(inputs, positions, segment_ids)
+        if self.labelled:
+            return self.head(hidden, segment_ids)
+        return ops.linear(hidden, self.output_embedding().T)
+
+
+def _heads(name: str) -> Heads:
+    return [
+        (f"{name}ForCausalLM", "lm"),
+        (f"{name}Model", "lm"),
+        (f"{name}ForSequenceClassification", "classify"),
+        (f"{name}ForTokenClassification", "tag"),
+        (f"{name}ForTokenClassification", "value"),
+    ]
+
+
+_HEADS = {
+    "llama": _heads("Llama"),
+    "mistral": _heads("Mistral"),
+    "qwen2": _heads("Qwen2"),
+    "qwen3": _heads("Qwen3"),
+}
 
 
 def _read_config(hf: Mapping[str, Any]) -> Config:
@@ -292,6 +342,7 @@ def _read_config(hf: Mapping[str, Any]) -> Config:
         qkv_bias=kind == "qwen2",
         qk_norm=kind == "qwen3",
         tie_embeddings=hf.get("tie_word_embeddings", False),
+        **read_decoder_head(hf, _HEADS[kind]),
     )
 
 
@@ -314,6 +365,7 @@ def _write_config(cfg: Config) -> dict[str, Any]:
         "rope_theta": cfg.rope_theta,
         "rms_norm_eps": cfg.norm_eps,
         "tie_word_embeddings": cfg.tie_embeddings,
+        **write_decoder_head(cfg.head, cfg.num_labels, cfg.labels),
     }
 
 
@@ -342,21 +394,17 @@ def _rows(cfg: Config) -> list[Row]:
             Row(f"{there}self_attn.{x}_norm.weight", f"{here}attn.{x}_norm.scale")
             for x in "qk"
         ]
-    if not cfg.tie_embeddings:
+    if cfg.unties:
         rows.append(Row("lm_head.weight", "lm_head"))
-    return rows
+    return rows + decoder_rows(cfg.head, "score")
 
 
 EXCHANGE = Exchange(
-    architectures={
-        "llama": "LlamaForCausalLM",
-        "mistral": "MistralForCausalLM",
-        "qwen2": "Qwen2ForCausalLM",
-        "qwen3": "Qwen3ForCausalLM",
-    },
+    architectures=_HEADS,
     read_config=_read_config,
     write_config=_write_config,
     rows=_rows,
-    prefix="model.",
+    prefix=r"model\.",
     ignored=r".*\.rotary_emb\.inv_freq",
+    heads=r"(lm_head|score)\..*",
 )

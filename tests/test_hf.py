@@ -220,6 +220,7 @@ def test_run_starts_from_a_folder_and_goes_back_to_one(
     sizes_here = f"{sizes}, num_layers=2, num_heads=2, d_model=8"
     recipe.path.write_text(text.replace(sizes, sizes_here))
     flags = ["--steps", "1", "--optim.lr", "0.0", "--virtual_devices", "2"]
+    flags += ["--data.tokenizer", "byte"]
     recipe.run(tmp_path / "warm", *flags, "--init", str(source))
     recipe.run(tmp_path / "cold", *flags)
     assert losses(tmp_path / "warm") != losses(tmp_path / "cold")
@@ -231,20 +232,7 @@ def test_run_starts_from_a_folder_and_goes_back_to_one(
     jax.tree.map(np.testing.assert_array_equal, read(exported), read(source))
     scores = []
     for model in (source, tmp_path / "warm", exported):
-        assert (
-            cli.main(
-                [
-                    "score",
-                    str(model),
-                    "--ids",
-                    "5,17,3",
-                    "--json",
-                    "--compile_cache",
-                    "",
-                ]
-            )
-            == 0
-        )
+        assert cli.main(["score", str(model), "--ids", "5,17,3", "--json"]) == 0
         scores.append(json.loads(capsys.readouterr().out))
     assert scores[0] == scores[1] == scores[2]
     assert scores[0]["ids"] == [[5, 17, 3]]

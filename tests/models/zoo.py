@@ -5,6 +5,7 @@ A family joins by an entry in `ZOO` (laws that hold for any family, `test_family
 `tests/dist/test_equivalence.py`) and one in `PEERS` of `test_hugging_face.py`.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -12,16 +13,20 @@ from typing import Any, Literal
 
 import numpy as np
 
-from jaxspeed.losses import classification_loss, next_token_loss, seq2seq_loss
+from jaxspeed.losses import (
+    classification_loss,
+    masked_lm_loss,
+    next_token_loss,
+    seq2seq_loss,
+    span_loss,
+    tagging_loss,
+)
 from jaxspeed.types import LossFn
-from models import gpt2, image_text, llama, opt, rnn, t5, vit, whisper
+from models import bert, gpt2, image_text, llama, opt, rnn, vit
 
 
 T, V, D, L = 16, 64, 32, 2
 """Tokens, vocabulary, width and layers of every member that has them."""
-
-S, M = 10, 8
-"""Positions and channels of a sound."""
 
 Kind = Literal["decoder", "recurrent", "encoder", "seq2seq", "vision"]
 """Which further laws hold.
@@ -47,10 +52,10 @@ class Member:
     batch: Maker
     initial_loss: float | None = math.log(V)
     """Of the parameters drawn; None: no formula gives it."""
-    stds: Mapping[str, float | None] = field(default_factory=dict)
+    stds: Mapping[str, float] = field(default_factory=dict)
     """Standard deviations of the initial parameters by (last) name; 0.02 where it says none.
 
-    Names that begin with b are biases, 0; those that end in scale are 1; None: they are not drawn.
+    Names that begin with b are biases, 0; those that end in scale are 1.
     """
     large: Mapping[str, int] = field(
         default_factory=lambda: {"vocab_size": 10**8, "num_layers": 1000}
@@ -109,13 +114,47 @@ def captions(rng: np.random.Generator, rows: int) -> dict[str, np.ndarray]:
     }
 
 
-def sounds(rng: np.random.Generator, rows: int) -> dict[str, np.ndarray]:
-    """Returns `pairs` with two frames for each of the first tokens in place of the source."""
-    made = pairs(rng, rows)
-    waves = np.cos(made["inputs"][:, :S, None] * np.arange(1, M + 1))
-    made["inputs"] = np.repeat(waves, 2, axis=1).astype(np.float32)
-    made["segment_ids"] = made["segment_ids"][:, -S:]
-    return made
+def masked(rng: np.random.Generator, rows: int) -> dict[str, np.ndarray]:
+    """Returns padded rows of learnable text with some tokens hidden, to be found out."""
+    made = sentences(rng, rows)
+    hide = rng.random((rows, T)) < 0.3
+    return {
+        **made,
+        "inputs": np.where(hide, 1, made["inputs"]).astype(np.int32),
+        "targets": made["inputs"],
+        "mask": hide & (made["segment_ids"] > 0),
+    }
+
+
+def sentences(rng: np.random.Generator, rows: int) -> dict[str, np.ndarray]:
+    """Returns rows of learnable text, of two types, with padding behind."""
+    length = rng.integers(T // 2, T + 1, (rows, 1))
+    return {
+        "inputs": text(rng, rows)["inputs"],
+        "segment_ids": (np.arange(T) < length).astype(np.int32),
+        "token_types": np.tile(np.arange(T, dtype=np.int32) > T // 3, (rows, 1)).astype(
+            np.int32
+        ),
+    }
+
+
+def classified(rng: np.random.Generator, rows: int) -> dict[str, np.ndarray]:
+    """Returns rows with the label that their first token tells; one row does not count."""
+    made = sentences(rng, rows)
+    labels = made["inputs"][:, 0] % CLASSES
+    return {**made, "labels": np.where(np.arange(rows) == 1, -1, labels)}
+
+
+def tagged(rng: np.random.Generator, rows: int) -> dict[str, np.ndarray]:
+    """Returns rows with a label for each token."""
+    made = sentences(rng, rows)
+    return {**made, "labels": made["inputs"] % CLASSES, "mask": made["segment_ids"] > 0}
+
+
+def answered(rng: np.random.Generator, rows: int) -> dict[str, np.ndarray]:
+    """Returns rows with the first and last token of an answer."""
+    starts = rng.integers(0, T // 4, rows).astype(np.int32)
+    return {**sentences(rng, rows), "starts": starts, "ends": starts + 2}
 
 
 RESIDUAL = 0.02 / math.sqrt(2 * L)
@@ -124,16 +163,16 @@ IMAGE = {"image_size": PIXELS, "patch_size": PATCH}
 OPT = dict.fromkeys(("embed", "positions", "wq", "wk", "wv", "w_up"), 0.006)
 OPT |= dict.fromkeys(("wo", "w_down"), 0.006 / math.sqrt(2 * L))
 
-T5_STDS = {name: D**-0.5 for name in ("wk", "wv", "w_up", "lm_head")} | {
-    "embed": 1.0,
-    "encoder_bias": D**-0.5,
-    "decoder_bias": D**-0.5,
-    "wq": (D * 8) ** -0.5,
-    "wo": D**-0.5,
-    "w_down": 64**-0.5,
-}
-
 ZOO: dict[str, Member] = {
+    "bert": Member(
+        bert.Config(
+            vocab_size=V, max_seq_len=T, num_layers=L, num_heads=4, d_model=D, d_ff=64,
+            head="mlm",
+        ),
+        "encoder",
+        masked_lm_loss,
+        masked,
+    ),
     "gpt2": Member(
         gpt2.Config(
             vocab_size=V, max_seq_len=T, num_layers=L, num_heads=4, d_model=D
@@ -205,57 +244,49 @@ ZOO: dict[str, Member] = {
         captions,
         stds={"wo": RESIDUAL, "w_down": RESIDUAL},
     ),
-    "t5": Member(
-        t5.Config(
-            vocab_size=V, num_layers=L, num_decoder_layers=L, num_heads=4, d_model=D,
-            head_dim=8, d_ff=64, num_buckets=8, max_distance=12,
-        ),
-        "seq2seq",
-        seq2seq_loss,
-        pairs,
-        initial_loss=None,
-        stds=T5_STDS,
-    ),
-    "t5, gated and untied": Member(
-        t5.Config(
-            vocab_size=V, num_layers=L, num_decoder_layers=L, num_heads=4, d_model=D,
-            head_dim=8, d_ff=64, gated=True, tie_embeddings=False,
-        ),
-        "seq2seq",
-        seq2seq_loss,
-        pairs,
-        initial_loss=None,
-        variant=True,
-    ),
-    "whisper": Member(
-        whisper.Config(
-            vocab_size=V, num_mel_bins=M, max_source_len=S, max_seq_len=T, num_layers=L,
-            num_decoder_layers=L, num_heads=4, d_model=D, d_ff=64,
-        ),
-        "seq2seq",
-        seq2seq_loss,
-        sounds,
-        stds={"waves": None},
-    ),
 }  # fmt: skip
+
+
+def with_head(name: str, head: str, **settings: Any) -> Member:
+    """Returns a member with labels for its head."""
+    classes = {} if head == "span" else {"num_labels": CLASSES}
+    cfg = dataclasses.replace(ZOO[name].cfg, head=head, **classes, **settings)
+    loss, batch = LABELLED[head]
+    # Of few rows chance decides; a span's by their padding.
+    guess = math.log(CLASSES) if head == "tag" else None
+    return Member(cfg, ZOO[name].kind, loss, batch, guess, variant=True)
+
+
+LABELLED: dict[str, tuple[LossFn, Maker]] = {
+    "classify": (classification_loss, classified),
+    "tag": (tagging_loss, tagged),
+    "span": (span_loss, answered),
+}
+
+ZOO |= {
+    "bert, classify": with_head("bert", "classify"),
+    "bert, tag": with_head("bert", "tag"),
+    "bert, span": with_head("bert", "span"),
+    "distilbert": with_head("bert", "classify", num_token_types=0, pooler=False),
+    "gpt2, classify": with_head("gpt2", "classify"),
+    "llama, tag": with_head("llama", "tag"),
+}
 
 NAMED: dict[str, tuple[Any, int]] = {
     "GPT-2": (gpt2.SMALL, 124_439_808),
     "GPT-2 medium": (gpt2.MEDIUM, 354_823_168),
     "GPT-2 large": (gpt2.LARGE, 774_030_080),
     "GPT-2 XL": (gpt2.XL, 1_557_611_200),
+    "BERT base": (bert.BASE, 109_514_298),
+    "BERT large": (bert.LARGE, 335_174_458),
+    "DistilBERT base": (bert.DISTILBERT, 66_985_530),
+    "MiniLM-L6": (bert.MINILM_L6, 22_713_216),
     "Llama 2 7B": (llama.LLAMA2_7B, 6_738_415_616),
     "Llama 3 8B": (llama.LLAMA3_8B, 8_030_261_248),
     "OPT 125M": (opt.OPT_125M, 125_239_296),
     "OPT 350M": (opt.OPT_350M, 331_196_416),
     "OPT 1.3B": (opt.OPT_1_3B, 1_315_758_080),
     "OPT 6.7B": (opt.OPT_6_7B, 6_658_473_984),
-    "T5 small": (t5.SMALL, 60_506_624),
-    "T5 base": (t5.BASE, 222_903_552),
-    "FLAN-T5 small": (t5.FLAN_SMALL, 76_961_152),
-    "Whisper tiny": (whisper.TINY, 37_760_640),
-    "Whisper base": (whisper.BASE, 72_593_920),
-    "Whisper large v3": (whisper.LARGE_V3, 1_543_490_560),
 }
 """Published sizes: Config and number of parameters."""
 
