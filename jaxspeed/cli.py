@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: `train.py RECIPE ...` and `jaxspeed config|doctor|export|import|report|score`.
+"""The command line: `train.py RECIPE ...` and `jaxspeed COMMAND`.
 
 A recipe gives the configuration, a DeepSpeed JSON changes it, flags override both. Every error of
 the user's is one line on stderr and exit code 2; what trained so far is never lost. Layer 4.
@@ -12,7 +12,6 @@ import importlib.util
 import io
 import json
 import logging
-import math
 import os
 import re
 import signal
@@ -23,6 +22,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from jaxspeed.cli_text import DTYPE_HELP, TEXT_COMMANDS, add_text_commands, check_dtype
 from jaxspeed.config import (
     ConfigError,
     DataConfig,
@@ -31,9 +31,6 @@ from jaxspeed.config import (
     suggest,
 )
 
-
-_DTYPES = ("float32", "bfloat16", "float16")
-_DTYPE_HELP = ", ".join(_DTYPES)
 
 EXAMPLES = """\
 examples:
@@ -112,6 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     report.add_argument("run", help="for example: jaxspeed report runs/tiny")
     _add_data_command(commands)
     _add_model_commands(commands)
+    add_text_commands(commands)
     args = parser.parse_args(argv)
     actions: dict[str, Callable[[argparse.Namespace], int]] = {
         "config": _explain,
@@ -120,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "report": _report,
         "export": _export,
         "import": _import,
-        "score": _score,
+        **{name: _with_model(action) for name, action in TEXT_COMMANDS.items()},
     }
     with _left_at_once():
         return _guarded(lambda: actions[args.command](args))
@@ -158,26 +156,11 @@ def _add_model_commands(commands: Any) -> None:
     )
     importing.add_argument("--to", metavar="DIR", required=True)
     for command in (export, importing):
-        command.add_argument("--dtype", default="float32", help=_DTYPE_HELP)
+        command.add_argument("--dtype", default="float32", help=DTYPE_HELP)
         command.add_argument(
             "--shard-gb", type=float, default=5.0, help="most gigabytes in one file"
         )
-    score = commands.add_parser(
-        "score", help="log-probability of each token given those before it, in nats"
-    )
-    score.add_argument("model", help="a run directory or a Hugging Face folder")
-    score.add_argument(
-        "--ids",
-        required=True,
-        help="token ids, for example: jaxspeed score DIR --ids 5,17,3,8 --json",
-    )
-    score.add_argument(
-        "--dtype", default="float32", help=f"of the products: {_DTYPE_HELP}"
-    )
-    score.add_argument(
-        "--json", action="store_true", help='{"ids": [[...]], "logprobs": [[...]]}'
-    )
-    for command in (export, importing, score):
+    for command in (export, importing):
         command.add_argument(
             "--models", default="models", help="package of the model families"
         )
@@ -359,45 +342,23 @@ def _how_to_write(args: argparse.Namespace) -> dict[str, Any]:
     if args.shard_gb <= 0:
         raise config_error("shard-gb", args.shard_gb, "no file", "give more than 0")
     size = int(args.shard_gb * 1e9)
-    dtype = jnp.dtype(_dtype(args))
+    dtype = jnp.dtype(check_dtype(args.dtype))
     return {"dtype": dtype, "shard_bytes": size, "models": args.models}
 
 
-def _dtype(args: argparse.Namespace) -> str:
-    if args.dtype not in _DTYPES:
-        why, change = "no such precision", f"give one of {_DTYPE_HELP}"
-        raise config_error("dtype", args.dtype, why, change)
-    return args.dtype
+def _with_model(
+    action: Callable[[argparse.Namespace], int],
+) -> Callable[[argparse.Namespace], int]:
+    def run(args: argparse.Namespace) -> int:
+        check_dtype(args.dtype)
+        _prepare(args)
+        return action(args)
+
+    return run
 
 
 def _written(files: Sequence[Path]) -> int:
     sys.stdout.write("".join(f"{file}\n" for file in files))
-    return 0
-
-
-def _score(args: argparse.Namespace) -> int:
-    try:
-        ids = [int(x) for x in args.ids.split(",")]
-    except ValueError:
-        raise config_error(
-            "ids", args.ids, "not token ids", "give numbers, as in 5,17,3,8"
-        ) from None
-    dtype = _dtype(args)
-    _prepare(args)
-    import numpy as np
-
-    from jaxspeed.generate import token_logprobs
-    from jaxspeed.pretrained import open_model
-
-    program, params = open_model(args.model, compute=dtype, models=args.models)
-    logprobs = token_logprobs(program, params, np.asarray(ids, np.int64)).tolist()
-    if args.json:
-        sys.stdout.write(json.dumps({"ids": [ids], "logprobs": [logprobs]}) + "\n")
-        return 0
-    for token, logprob in zip(ids[1:], logprobs, strict=True):
-        sys.stdout.write(f"{token:>8} {logprob:>10.5f}\n")
-    nats = -sum(logprobs) / len(logprobs)
-    sys.stdout.write(f"mean {-nats:.5f}, perplexity {math.exp(min(nats, 700)):.4g}\n")
     return 0
 
 

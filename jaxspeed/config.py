@@ -503,10 +503,10 @@ TASK_COLUMNS: Mapping[str, tuple[tuple[str, ...], str]] = {
 """Fields of a record that hold a task's inputs and its target, unless the configuration names others."""
 
 TASK_METRICS: Mapping[str, tuple[str, ...]] = {
-    "sft": ("exact_match",),
+    "sft": ("accuracy",),
     "seq2seq": ("bleu", "chrf"),
     "speech": ("wer",),
-    "image_qa": ("exact_match",),
+    "image_qa": ("accuracy",),
 }
 """What is measured of written answers, unless the configuration names others."""
 
@@ -551,11 +551,11 @@ class TaskConfig:
     """Hide whole words, not parts of them."""
     mean_span: float = 3.0
     """Mean length of a hidden span, in tokens."""
-    decoder_prompt: str = ""
-    """Special tokens that the decoder starts with; empty: what the tokenizer itself puts before a text, or its padding token."""
+    decoder_prompt: tuple[str, ...] = ()
+    """Special tokens that the decoder begins with, as in `<|en|>` `<|transcribe|>`; empty: those that the tokenizer itself puts before a text. The model's start token is always the first."""
     sample_rate: int = 0
     """Samples per second of sound that does not tell its own rate; 0: it is the model's."""
-    metrics: tuple[Literal["exact_match", "bleu", "chrf", "rouge", "wer"], ...] = ()
+    metrics: tuple[Literal["accuracy", "bleu", "chrf", "rouge", "wer"], ...] = ()
     """How written answers are compared with the targets; empty: the task's usual."""
     buckets: tuple[int, ...] = ()
     """Lengths that rows are padded to, besides seq_len; the step is compiled once for each."""

@@ -7,7 +7,7 @@
 There is no second model: the passes are the module's own `hidden` under `ambient(cache=...)`
 (`jaxspeed.cache`), on the mesh and with the ZeRO placements of training. Rows are split over the
 batch axes; at stage 3 each layer is gathered as it is used. Prompts are padded on the left, so that
-all rows write into the same slot. Not here: how a token is chosen (`jaxspeed.sampling`).
+all rows write into the same slot. Not here: how a token is chosen (`jaxspeed.choice`).
 """
 
 import dataclasses
@@ -24,14 +24,15 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from jaxspeed.ambient import ambient, current
 from jaxspeed.cache import Cache
+from jaxspeed.choice import Knobs, Rule, choose, knobs_of, rule_of
 from jaxspeed.config import BATCH_AXES, ConfigError, config_error
 from jaxspeed.nn import Unstacked, merge, unstack
 from jaxspeed.ops.linear import dot
 from jaxspeed.program import Program
-from jaxspeed.sampling import Knobs, Rule, SamplingConfig, choose
+from jaxspeed.sampling import SamplingConfig
 from jaxspeed.sharding import Placement, Weight, is_placement, is_weight
 from jaxspeed.step import StepSpec, compute_weights, manual_axes, on_zero_axes
-from jaxspeed.types import Params, PyTree, Seq2Seq
+from jaxspeed.types import CausalLM, MaskedLM, Params, PyTree, Seq2Seq
 
 
 STOP_EVERY = 16
@@ -70,7 +71,16 @@ class Writer:
             program: of the model.
             params: its parameters, as they are trained.
             end_ids: tokens that end a text.
+
+        Raises:
+            ConfigError: the model is not one that writes.
         """
+        model = merge(program.spec.graphdef, program.abstract_state["params"])
+        writes = isinstance(model, CausalLM | Seq2Seq)
+        if not writes or isinstance(model, MaskedLM):
+            raise ConfigError(
+                f"model: a {type(model).__name__} does not write text; give a decoder, or an encoder-decoder"
+            )
         self.program, self.params = program, params
         self.end_ids = tuple(sorted(set(map(int, end_ids))))
         self.weights = _make_weights(program)(params)
@@ -357,11 +367,11 @@ class _Session:
             written: tokens written in sessions before.
             ended: texts that have ended already.
         """
-        self.writer, self.knobs, self.written = writer, sampling.knobs, written
+        self.writer, self.knobs, self.written = writer, knobs_of(sampling), written
         self._texts, self._room = len(ended), room
         rows, lengths = _padded(prompts, writer.program.batch.shards)
         self._shape = _Shape(
-            rows.shape[1] + _rounded(room), _rounded(room), copies, sampling.rule,
+            rows.shape[1] + _rounded(room), _rounded(room), copies, rule_of(sampling),
             writer.end_ids, max(0, sampling.min_new_tokens - written),
         )  # fmt: skip
         seeds = np.arange(len(rows) * copies, dtype=np.uint32)

@@ -48,16 +48,21 @@ def start(run: RunConfig) -> None:
         ConfigError: the compilation cache cannot be written, or the job of several processes
             cannot come together as it is described.
     """
+    start_alone(run.virtual_devices, run.compile_cache)
+    _join(run)
+
+
+def start_alone(virtual_devices: int, compile_cache: str) -> None:
+    """Prepares a process that is the only one of its job; see `start`."""
     quiet()
     keep_freed_memory()
     import jax
 
-    if run.virtual_devices:
+    if virtual_devices:
         jax.config.update("jax_platforms", "cpu")
-        jax.config.update("jax_num_cpu_devices", run.virtual_devices)
-    if run.compile_cache:
-        _use_compile_cache(Path(run.compile_cache).expanduser())
-    _join(run)
+        jax.config.update("jax_num_cpu_devices", virtual_devices)
+    if compile_cache:
+        _use_compile_cache(Path(compile_cache).expanduser())
 
 
 def quiet() -> None:

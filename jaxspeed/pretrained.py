@@ -12,7 +12,14 @@ import numpy as np
 
 from jaxspeed import nn
 from jaxspeed.checkpoint import restore_params
-from jaxspeed.config import ConfigError, DTypeConfig, RunConfig, suggest
+from jaxspeed.config import (
+    ConfigError,
+    DTypeConfig,
+    MeshConfig,
+    RunConfig,
+    ZeroConfig,
+    suggest,
+)
 from jaxspeed.gguf_files import read_gguf
 from jaxspeed.hf import (
     check_tensors,
@@ -35,7 +42,14 @@ from jaxspeed.types import Params
 
 logger = logging.getLogger(__name__)
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "generation_config.json",
+    "preprocessor_config.json",
+)
+"""What goes with a model, beside its tensors: what its inputs and outputs mean."""
 
 
 class Pretrained(NamedTuple):
@@ -46,7 +60,12 @@ class Pretrained(NamedTuple):
 
 
 def open_model(
-    path: str | Path, *, compute: str = "float32", models: str = "models"
+    path: str | Path,
+    *,
+    compute: str = "float32",
+    models: str = "models",
+    mesh: MeshConfig | None = None,
+    zero: ZeroConfig | None = None,
 ) -> Pretrained:
     """Returns the model of a run directory or a Hugging Face folder, sharded over all devices.
 
@@ -54,6 +73,8 @@ def open_model(
         path: either of them.
         compute: dtype of the products.
         models: package of the model families.
+        mesh: the devices' arrangement; all on fsdp by default.
+        zero: how the parameters are sharded over them.
 
     Raises:
         ConfigError: there is no model, it is damaged, or no family is of its kind.
@@ -65,6 +86,8 @@ def open_model(
         seq_len=getattr(cfg, "max_seq_len", 1024),
         micro_batch_size=1,
         dtype=DTypeConfig(compute=cast(Any, compute)),
+        mesh=mesh or MeshConfig(),
+        zero=zero or ZeroConfig(),
     )
     program = build_program(run)
     return Pretrained(program, read_params(path, cfg, program.abstract_state["params"]))

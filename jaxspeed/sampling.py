@@ -1,23 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the next token is chosen from its logits: greedy, or drawn from what temperature, top-k, top-p and min-p leave.
+"""How text is written: the settings of `jaxspeed generate` and of `jaxspeed.generate.Writer`.
 
-No sort over the vocabulary: each filter is a threshold, so a vocabulary that is sharded stays so.
-The order is that of transformers: repetition penalty, temperature, top-k, top-p, min-p. Layer 2.
+What they do is in `jaxspeed.choice`. Layer 0: standard library only, so that `--help` is quick.
 """
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
-
-import jax
-import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxspeed.config import config_error
-
-
-_BISECTIONS = 32
-"""Halvings of [0, 1] that find the probability at which top-p cuts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,108 +71,3 @@ class SamplingConfig:
                 "top_k, top_p and min_p have no effect on greedy text",
                 "leave them out, or give a temperature above 0",
             )
-
-    @property
-    def rule(self) -> "Rule":
-        """What of it a compiled program depends on."""
-        return Rule(
-            draws=self.temperature > 0,
-            top_k=self.top_k,
-            nucleus=self.top_p < 1,
-            relative=self.min_p > 0,
-            penalised=self.repetition_penalty != 1,
-        )
-
-    @property
-    def knobs(self) -> "Knobs":
-        """The numbers that may change without compiling anew."""
-        return Knobs(
-            *(
-                jnp.float32(x)
-                for x in (
-                    self.temperature,
-                    self.top_p,
-                    self.min_p,
-                    self.repetition_penalty,
-                )
-            )
-        )
-
-
-class Rule(NamedTuple):
-    """Which steps of the choice are done."""
-
-    draws: bool
-    top_k: int
-    nucleus: bool
-    relative: bool
-    penalised: bool
-
-
-class Knobs(NamedTuple):
-    """The numbers of the choice."""
-
-    temperature: Float[Array, ""]
-    top_p: Float[Array, ""]
-    min_p: Float[Array, ""]
-    penalty: Float[Array, ""]
-
-
-def choose(
-    logits: Float[Array, "B V"],
-    keys: Key[Array, " B"],
-    rule: Rule,
-    knobs: Knobs,
-    seen: Bool[Array, "B V"] | None,
-) -> Int[Array, " B"]:
-    """Returns the next token of each row.
-
-    Args:
-        logits: float32.
-        keys: one per row.
-        rule: which steps.
-        knobs: their numbers.
-        seen: tokens that occurred, for the penalty.
-    """
-    if rule.penalised:
-        assert seen is not None
-        scaled = jnp.where(logits > 0, logits / knobs.penalty, logits * knobs.penalty)
-        logits = jnp.where(seen, scaled, logits)
-    if not rule.draws:
-        return jnp.argmax(logits, -1).astype(jnp.int32)
-    logits = keep_likely(logits / knobs.temperature, rule, knobs)
-    draw = jax.vmap(jax.random.categorical)(keys, logits)
-    return draw.astype(jnp.int32)
-
-
-def keep_likely(
-    logits: Float[Array, "B V"], rule: Rule, knobs: Knobs
-) -> Float[Array, "B V"]:
-    """Returns the logits with minus infinity where top-k, top-p or min-p cut; of tokens that tie at the cut, all are kept."""
-    if 0 < rule.top_k < logits.shape[-1]:
-        least = jax.lax.top_k(logits, rule.top_k)[0][:, -1:]
-        logits = jnp.where(logits < least, -jnp.inf, logits)
-    if rule.nucleus:
-        probs = jax.nn.softmax(logits, -1)
-        least = _nucleus(probs, knobs.top_p)
-        logits = jnp.where(probs < least[:, None], -jnp.inf, logits)
-    if rule.relative:
-        least = jnp.max(logits, -1, keepdims=True) + jnp.log(knobs.min_p)
-        logits = jnp.where(logits < least, -jnp.inf, logits)
-    return logits
-
-
-def _nucleus(probs: Float[Array, "B V"], top_p: Float[Array, ""]) -> Float[Array, " B"]:
-    """Returns the largest threshold (to 2^-32) that leaves a row this probability."""
-
-    def halve(_: Array, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
-        low, high = bounds
-        middle = (low + high) / 2
-        left = jnp.sum(jnp.where(probs >= middle[:, None], probs, 0.0), -1)
-        enough = left >= top_p
-        return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
-
-    # A single token may have it all: the threshold is at most the largest probability.
-    top = jnp.max(probs, -1)
-    low, _ = jax.lax.fori_loop(0, _BISECTIONS, halve, (jnp.zeros_like(top), top))
-    return low

@@ -130,7 +130,7 @@ ZEROS = jax.nn.initializers.zeros
 ONES = jax.nn.initializers.ones
 
 
-def sinusoids(key: Any, shape: tuple[int, int], dtype: Any) -> Float[Array, "S D"]:
+def sinusoids(key: Any, shape: tuple[int, ...], dtype: Any) -> Float[Array, "S D"]:
     """Returns sines and cosines of each position, their wavelengths from 2 pi to 20000 pi; an initialiser."""
     del key
     length, half = shape[0], shape[1] // 2

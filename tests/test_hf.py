@@ -232,7 +232,20 @@ def test_run_starts_from_a_folder_and_goes_back_to_one(
     jax.tree.map(np.testing.assert_array_equal, read(exported), read(source))
     scores = []
     for model in (source, tmp_path / "warm", exported):
-        assert cli.main(["score", str(model), "--ids", "5,17,3", "--json"]) == 0
+        assert (
+            cli.main(
+                [
+                    "score",
+                    str(model),
+                    "--ids",
+                    "5,17,3",
+                    "--json",
+                    "--compile_cache",
+                    "",
+                ]
+            )
+            == 0
+        )
         scores.append(json.loads(capsys.readouterr().out))
     assert scores[0] == scores[1] == scores[2]
     assert scores[0]["ids"] == [[5, 17, 3]]

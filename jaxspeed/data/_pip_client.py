@@ -27,7 +27,9 @@ def main(name: str, file: str, out: str) -> str | None:
         )
         found = {c.link.filename: c.link for c in finder.find_all_candidates(name)}
         if file not in found:
-            return f"the index has no {file}, only {sorted(found) or 'nothing'}"
+            if not found:
+                return f"the index has no {name}, or cannot be reached"
+            return f"the index has no {file}, only {sorted(found)}"
         # What is hashed is the file itself, so that no encoding may be undone.
         identity = {"Accept-Encoding": "identity"}
         url = found[file].url_without_fragment

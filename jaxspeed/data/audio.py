@@ -10,6 +10,7 @@ import io
 import math
 import wave
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Float32
@@ -134,7 +135,7 @@ def log_mel(
     padded = np.pad(whole, WINDOW // 2, mode="reflect")
     views = np.lib.stride_tricks.sliding_window_view(padded, WINDOW)[:-1:HOP]
     window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(WINDOW) / WINDOW)
-    spectrum = rfft(views * window.astype(np.float32))
+    spectrum: Any = rfft(views * window.astype(np.float32))
     power = np.square(spectrum.real) + np.square(spectrum.imag)
     mel = np.log10(np.maximum(power @ mel_filters(num_mel_bins), 1e-10))
     return ((np.maximum(mel, mel.max() - 8) + 4) / 4).astype(np.float32)

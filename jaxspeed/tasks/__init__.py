@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 
 from jaxspeed.config import RunConfig
 from jaxspeed.program import Program
+from jaxspeed.tasks.answers import QuestionAnswering
 from jaxspeed.tasks.base import Evaluation, Task
 from jaxspeed.tasks.labels import Classification, TokenClassification
 from jaxspeed.tasks.language import LanguageModel
@@ -21,10 +22,14 @@ __all__ = ["TASKS", "Evaluation", "Task", "open_task"]
 
 TASKS: Mapping[str, Callable[[RunConfig, Program], Task]] = {
     "lm": LanguageModel,
-    "classification": functools.partial(RecordTask, make_kind=Classification),
-    "token_classification": functools.partial(
-        RecordTask, make_kind=TokenClassification
-    ),
+    **{
+        name: functools.partial(RecordTask, make_kind=kind)
+        for name, kind in (
+            ("classification", Classification),
+            ("token_classification", TokenClassification),
+            ("question_answering", QuestionAnswering),
+        )
+    },
 }
 """By the names of `TaskConfig.name`."""
 

@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Metrics of what a model says, by the libraries of the field.
 
-scikit-learn, sacrebleu, rouge-score and jiwer come with the extra `tasks`.
+scikit-learn, sacrebleu, rouge-score and jiwer come with the extra `tasks`. Accuracy, the F1 of
+classes and the word error rate are shares; what is named after a data set's own script (SQuAD's
+exact match and F1, BLEU, chrF, ROUGE) is in percent, as that script prints it.
 """
 
+import collections
 import importlib
-from collections.abc import Sequence
+import re
+import string
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jaxspeed.config import ConfigError
@@ -43,6 +48,98 @@ def entity_f1(
         right += len(found & wanted)
         total += len(found) + len(wanted)
     return 2 * right / total if total else 1.0
+
+
+def squad_scores(
+    answers: Sequence[str], golds: Sequence[Sequence[str]]
+) -> dict[str, float]:
+    """Returns exact match and F1 in percent, each the best over a question's answers.
+
+    Reference: SQuAD's evaluate-v1.1.py (arXiv 1606.05250 section 6.1), and v2.0 for questions
+    without an answer, where only an empty one is right.
+    """
+    exact = f1 = 0.0
+    for answer, right in zip(answers, golds, strict=True):
+        exact += max(normalised(answer) == normalised(gold) for gold in right or [""])
+        f1 += max(_word_f1(answer, gold) for gold in right or [""])
+    count = max(1, len(answers))
+    return {"exact_match": 100 * exact / count, "f1": 100 * f1 / count}
+
+
+def normalised(text: str) -> str:
+    """Returns a text as SQuAD compares it: lower case, without punctuation and articles, words apart by one space."""
+    kept = "".join(c for c in text.lower() if c not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", kept).split())
+
+
+def _word_f1(answer: str, gold: str) -> float:
+    ours, theirs = normalised(answer).split(), normalised(gold).split()
+    if not ours or not theirs:
+        return float(ours == theirs)
+    same = sum((collections.Counter(ours) & collections.Counter(theirs)).values())
+    return 2 * same / (len(ours) + len(theirs))
+
+
+def written_scores(
+    metrics: Sequence[str], written: Sequence[str], targets: Sequence[str]
+) -> dict[str, float]:
+    """Returns the metrics of written texts against one target each.
+
+    Args:
+        metrics: names of `TaskConfig.metrics`.
+        written: what the model wrote.
+        targets: what it should have written.
+    """
+    scores: dict[str, float] = {}
+    for name in metrics:
+        scores |= _WRITTEN[name](written, targets)
+    return scores
+
+
+def _accuracy(written: Sequence[str], targets: Sequence[str]) -> dict[str, float]:
+    """Returns the share of texts that are equal but for case and white space."""
+    plain = lambda text: " ".join(text.lower().split())
+    same = [plain(w) == plain(t) for w, t in zip(written, targets, strict=True)]
+    return {"accuracy": sum(same) / max(1, len(same))}
+
+
+def _bleu(written: Sequence[str], targets: Sequence[str]) -> dict[str, float]:
+    """Returns BLEU of the whole corpus, as sacrebleu tokenises it (13a)."""
+    sacrebleu = _library("sacrebleu", "sacrebleu")
+    return {"bleu": sacrebleu.corpus_bleu(list(written), [list(targets)]).score}
+
+
+def _chrf(written: Sequence[str], targets: Sequence[str]) -> dict[str, float]:
+    sacrebleu = _library("sacrebleu", "sacrebleu")
+    return {"chrf": sacrebleu.corpus_chrf(list(written), [list(targets)]).score}
+
+
+def _rouge(written: Sequence[str], targets: Sequence[str]) -> dict[str, float]:
+    """Returns the mean F of ROUGE-1, -2 and -L in percent, words reduced to their stems."""
+    rouge = _library("rouge_score.rouge_scorer", "rouge-score")
+    names = ("rouge1", "rouge2", "rougeL")
+    scorer = rouge.RougeScorer(names, use_stemmer=True)
+    totals = dict.fromkeys(names, 0.0)
+    for ours, target in zip(written, targets, strict=True):
+        for name, score in scorer.score(target, ours).items():
+            totals[name] += score.fmeasure
+    return {name: 100 * x / max(1, len(written)) for name, x in totals.items()}
+
+
+def _wer(written: Sequence[str], targets: Sequence[str]) -> dict[str, float]:
+    """Returns the word error rate of the whole corpus: lower case, without punctuation."""
+    jiwer = _library("jiwer", "jiwer")
+    plain = lambda text: " ".join(re.sub(r"[^\w\s']", " ", text.lower()).split())
+    return {"wer": jiwer.wer([plain(t) for t in targets], [plain(w) for w in written])}
+
+
+_WRITTEN: Mapping[str, Callable[[Sequence[str], Sequence[str]], dict[str, float]]] = {
+    "accuracy": _accuracy,
+    "bleu": _bleu,
+    "chrf": _chrf,
+    "rouge": _rouge,
+    "wer": _wer,
+}
 
 
 def _entities(tags: Sequence[str]) -> set[tuple[int, int, str]]:

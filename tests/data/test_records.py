@@ -232,6 +232,11 @@ def test_unknown_set_is_named(opened: Opened) -> None:
         opened("tfds:imdb_review")
 
 
+def test_set_that_a_command_makes_is_said_so(opened: Opened) -> None:
+    with pytest.raises(ConfigError, match="run `jaxspeed data jaxspeed_prompts`$"):
+        opened("tfds:jaxspeed_prompts")
+
+
 def test_unknown_variant_of_a_set_is_named(opened: Opened) -> None:
     with pytest.raises(ConfigError, match="cannot prepare it here .*; prepare it else"):
         opened("tfds:imdb_reviews/no_such_config")

@@ -207,6 +207,45 @@ def test_packed_documents_equal_separate_ones(name: str) -> None:
         assert_trees_close(packed[:, begin:end], alone[:, :length])
 
 
+@by_kind("seq2seq")
+def test_packed_pairs_equal_separate_ones(name: str) -> None:
+    given, graphdef = batch(name), abstract(ZOO[name].cfg)[0]
+    if "segment_ids" not in given:
+        pytest.skip("a row of its source is one thing")
+    length = given["segment_ids"].shape[1]
+    inputs, ids = np.asarray(given["inputs"]), tokens()[:B, :length]
+    each, places = inputs.shape[1] // length, POSITIONS[:B, :length]
+
+    @jax.jit
+    def encoded_and_read(
+        params: Any, inputs: Any, segments: Any, *args: jax.Array
+    ) -> jax.Array:
+        model = nn.merge(graphdef, params)
+        given = {"memory": model.encode(inputs, segments)}
+        return model.hidden(*args, **given, memory_segment_ids=segments)
+
+    run = functools.partial(encoded_and_read, parameters(name))
+    source, target = (0, 4, 9), (0, 5, 8)
+    segments, decoder_segments = (
+        sum((places >= cut).astype(np.int32) for cut in cuts[:2]) * (places < cuts[2])
+        for cuts in (source, target)
+    )
+    positions = np.where(decoder_segments == 2, places - target[1], places)
+    packed = run(inputs, segments, ids, positions, decoder_segments)
+    for part in (0, 1):
+        alone = run(
+            np.roll(inputs, -source[part] * each, axis=1),
+            (places < source[part + 1] - source[part]).astype(np.int32),
+            np.roll(ids, -target[part], axis=1),
+            places,
+            np.ones_like(ids),
+        )
+        size = target[part + 1] - target[part]
+        assert_trees_close(
+            packed[:, target[part] : target[part + 1]], alone[:, :size], 2e-5
+        )
+
+
 @by_kind("decoder", "encoder")
 def test_positions_count_from_zero_by_default(name: str) -> None:
     graphdef, inputs = abstract(ZOO[name].cfg)[0], tokens()
@@ -319,7 +358,9 @@ def test_low_precision_loss_and_gradients_are_close(name: str) -> None:
     norm = lambda tree: math.sqrt(
         sum(float(np.sum(np.square(x))) for x in jax.tree.leaves(tree))
     )
-    assert norm(jax.tree.map(np.subtract, slopes, exact_slopes)) < 0.03 * norm(
+    # T5's scores are not scaled down, so more of their rounding gets through.
+    share = 0.05 if name == "t5" else 0.03
+    assert norm(jax.tree.map(np.subtract, slopes, exact_slopes)) < share * norm(
         exact_slopes
     )
     assert {x.dtype for x in jax.tree.leaves(slopes)} == {jnp.dtype("float32")}
@@ -434,6 +475,8 @@ def test_flops_per_token_is_about_six_per_parameter_and_grows_with_the_sequence(
     size: str,
 ) -> None:
     cfg, published = NAMED[size]
+    if hasattr(cfg, "feature_shape"):
+        pytest.skip("its source has a length of its own")
     assert 0.75 * 6 * published < cfg.flops_per_token(1) < 1.05 * 6 * published
     assert cfg.flops_per_token(2048) > cfg.flops_per_token(1024) > 0
 
@@ -464,6 +507,8 @@ def test_initial_parameters_have_the_published_spread(name: str) -> None:
             assert np.all(leaf == 1), path
         else:
             std = ZOO[name].stds.get(last, 0.02)
+            if std is None:
+                continue
             # Of few numbers the spread says less.
             close = max(0.1, 2 / math.sqrt(leaf.size))
             assert np.std(leaf) == pytest.approx(std, rel=close), path

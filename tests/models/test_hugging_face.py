@@ -34,7 +34,7 @@ pytestmark = pytest.mark.hf
 torch: Any = pytest.importorskip("torch", reason="needs pip install 'jaxspeed[hf]'")
 transformers: Any = pytest.importorskip("transformers")
 
-B, T, V = 2, 12, 96
+B, T, V, M = 2, 12, 96, 10
 
 Arrays = Mapping[str, Any]
 
@@ -73,6 +73,14 @@ def pairs(rng: np.random.Generator) -> Arrays:
         "targets": ids(rng)[:, :8],
         "mask": rng.random((B, 8)) < 0.8,
     }
+
+
+def sounds(rng: np.random.Generator) -> Arrays:
+    """Returns full spectrograms, as the peer wants them, and no padding token among the targets."""
+    made = pairs(rng)
+    given = {name: made[name] % (V - 6) for name in ("decoder_inputs", "targets")}
+    frames = rng.normal(size=(B, 2 * T, M)).astype(np.float32)
+    return {"inputs": frames, "mask": made["mask"], **given}
 
 
 def seq2seq_logits(model: Any, batch: Arrays) -> jax.Array:
@@ -218,6 +226,17 @@ TASKS = {
         seq2seq_loss,
         seq2seq_logits,
     ),
+    "speech": Task(
+        "AutoModelForSpeechSeq2Seq",
+        sounds,
+        lambda batch: {
+            "input_features": batch["inputs"].swapaxes(1, 2),
+            "decoder_input_ids": batch["decoder_inputs"],
+            "labels": np.where(batch["mask"], batch["targets"], -100),
+        },
+        seq2seq_loss,
+        seq2seq_logits,
+    ),
     "image classes": Task(
         "AutoModelForImageClassification",
         lambda rng: {"inputs": images(rng), "labels": np.array([2, 0], np.int32)},
@@ -273,6 +292,18 @@ class Peer(NamedTuple):
     model_type: str
     settings: dict[str, Any]
     task: str = "lm"
+    change: Callable[[Any], None] = lambda model: None
+    """Of the model made by that."""
+
+
+def without_pooler(model: Any) -> None:
+    """Removes a part that nothing reads."""
+    model.encoder.pooler = None
+
+
+def untie(model: Any) -> None:
+    """Gives the model an output embedding of its own, whatever its configuration makes."""
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
 
 
 SIZES = {
@@ -296,6 +327,19 @@ VIT = {
 READER = GPT2 | {
     "model_type": "gpt2", "n_layer": 2, "is_decoder": True, "add_cross_attention": True,
     "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3,
+}  # fmt: skip
+T5 = {
+    "vocab_size": V, "d_model": 32, "d_kv": 16, "d_ff": 56, "num_layers": 2, "num_heads": 4,
+    "relative_attention_num_buckets": 8, "relative_attention_max_distance": 9,
+    "decoder_start_token_id": 0,
+}  # fmt: skip
+FLAN = T5 | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
+WHISPER = {
+    "vocab_size": V, "num_mel_bins": M, "d_model": 32, "encoder_layers": 2, "decoder_layers": 3,
+    "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 56,
+    "decoder_ffn_dim": 56, "max_source_positions": T, "max_target_positions": 20,
+    "pad_token_id": V - 1, "bos_token_id": V - 2, "eos_token_id": V - 2,
+    "decoder_start_token_id": V - 3,
 }  # fmt: skip
 BERT = {name: x for name, x in SIZES.items() if name != "num_key_value_heads"}
 DISTILBERT = {
@@ -342,6 +386,7 @@ PEERS = {
         "vision-encoder-decoder",
         {"encoder": {"model_type": "vit"} | VIT, "decoder": READER},
         "image to text",
+        without_pooler,
     ),
     "image text, one width": Peer(
         "vision-encoder-decoder",
@@ -350,7 +395,12 @@ PEERS = {
             "decoder": READER | {"n_embd": 24, "n_inner": 40},
         },
         "image to text",
+        without_pooler,
     ),
+    "t5": Peer("t5", T5 | {"num_decoder_layers": 3}, "seq2seq"),
+    "t5 v1.1": Peer("t5", FLAN, "seq2seq", untie),
+    "mt5": Peer("mt5", FLAN | {"layer_norm_epsilon": 1e-3}, "seq2seq", untie),
+    "whisper": Peer("whisper", WHISPER, "speech"),
 }
 
 
@@ -394,8 +444,7 @@ def make_peer(peer: Peer) -> Any:
     config = transformers.AutoConfig.for_model(peer.model_type, **peer.settings)
     auto = getattr(transformers, TASKS[peer.task].auto)
     model = auto.from_config(config, attn_implementation="eager")
-    if peer.task == "image to text":
-        model.encoder.pooler = None  # nothing reads it
+    peer.change(model)
     with (
         torch.no_grad()
     ):  # biases and norms start at 0 and 1, where mistakes do not show
@@ -454,6 +503,9 @@ def test_loss_and_every_gradient_are_the_peers(case: Case) -> None:
     loss, slopes = loss_of(case.params, case.batch())
     assert float(loss) == pytest.approx(theirs.item(), rel=1e-5)
     # The peer's gradients in our layout: a folder with them in the place of its parameters.
+    for parameter in case.model.parameters():
+        if parameter.grad is None:  # it is fixed
+            parameter.grad = torch.zeros_like(parameter)
     for parameter in case.model.parameters():
         parameter.data, parameter.grad = parameter.grad, parameter.data
     folder = case.folder / "gradients"

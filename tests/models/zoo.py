@@ -22,11 +22,14 @@ from jaxspeed.losses import (
     tagging_loss,
 )
 from jaxspeed.types import LossFn
-from models import bert, gpt2, image_text, llama, opt, rnn, vit
+from models import bert, gpt2, image_text, llama, opt, rnn, t5, vit, whisper
 
 
 T, V, D, L = 16, 64, 32, 2
 """Tokens, vocabulary, width and layers of every member that has them."""
+
+S, M = 10, 8
+"""Positions and channels of a sound."""
 
 Kind = Literal["decoder", "recurrent", "encoder", "seq2seq", "vision"]
 """Which further laws hold.
@@ -52,10 +55,10 @@ class Member:
     batch: Maker
     initial_loss: float | None = math.log(V)
     """Of the parameters drawn; None: no formula gives it."""
-    stds: Mapping[str, float] = field(default_factory=dict)
+    stds: Mapping[str, float | None] = field(default_factory=dict)
     """Standard deviations of the initial parameters by (last) name; 0.02 where it says none.
 
-    Names that begin with b are biases, 0; those that end in scale are 1.
+    Names that begin with b are biases, 0; those that end in scale are 1; None: they are not drawn.
     """
     large: Mapping[str, int] = field(
         default_factory=lambda: {"vocab_size": 10**8, "num_layers": 1000}
@@ -114,6 +117,15 @@ def captions(rng: np.random.Generator, rows: int) -> dict[str, np.ndarray]:
     }
 
 
+def sounds(rng: np.random.Generator, rows: int) -> dict[str, np.ndarray]:
+    """Returns `pairs` with two frames for each of the first tokens in place of the source."""
+    made = pairs(rng, rows)
+    waves = np.cos(made["inputs"][:, :S, None] * np.arange(1, M + 1))
+    made["inputs"] = np.repeat(waves, 2, axis=1).astype(np.float32)
+    made["segment_ids"] = made["segment_ids"][:, -S:]
+    return made
+
+
 def masked(rng: np.random.Generator, rows: int) -> dict[str, np.ndarray]:
     """Returns padded rows of learnable text with some tokens hidden, to be found out."""
     made = sentences(rng, rows)
@@ -162,6 +174,15 @@ RECURRENT = {"w_in": D**-0.5, "w_rec": D**-0.5}
 IMAGE = {"image_size": PIXELS, "patch_size": PATCH}
 OPT = dict.fromkeys(("embed", "positions", "wq", "wk", "wv", "w_up"), 0.006)
 OPT |= dict.fromkeys(("wo", "w_down"), 0.006 / math.sqrt(2 * L))
+
+T5_STDS = {name: D**-0.5 for name in ("wk", "wv", "w_up", "lm_head")} | {
+    "embed": 1.0,
+    "encoder_bias": D**-0.5,
+    "decoder_bias": D**-0.5,
+    "wq": (D * 8) ** -0.5,
+    "wo": D**-0.5,
+    "w_down": 64**-0.5,
+}
 
 ZOO: dict[str, Member] = {
     "bert": Member(
@@ -244,6 +265,38 @@ ZOO: dict[str, Member] = {
         captions,
         stds={"wo": RESIDUAL, "w_down": RESIDUAL},
     ),
+    "t5": Member(
+        t5.Config(
+            vocab_size=V, num_layers=L, num_decoder_layers=L, num_heads=4, d_model=D,
+            head_dim=8, d_ff=64, num_buckets=8, max_distance=12,
+        ),
+        "seq2seq",
+        seq2seq_loss,
+        pairs,
+        initial_loss=None,
+        stds=T5_STDS,
+    ),
+    "t5, gated and untied": Member(
+        t5.Config(
+            vocab_size=V, num_layers=L, num_decoder_layers=L, num_heads=4, d_model=D,
+            head_dim=8, d_ff=64, gated=True, tie_embeddings=False,
+        ),
+        "seq2seq",
+        seq2seq_loss,
+        pairs,
+        initial_loss=None,
+        variant=True,
+    ),
+    "whisper": Member(
+        whisper.Config(
+            vocab_size=V, num_mel_bins=M, max_source_len=S, max_seq_len=T, num_layers=L,
+            num_decoder_layers=L, num_heads=4, d_model=D, d_ff=64,
+        ),
+        "seq2seq",
+        seq2seq_loss,
+        sounds,
+        stds={"waves": None},
+    ),
 }  # fmt: skip
 
 
@@ -287,6 +340,12 @@ NAMED: dict[str, tuple[Any, int]] = {
     "OPT 350M": (opt.OPT_350M, 331_196_416),
     "OPT 1.3B": (opt.OPT_1_3B, 1_315_758_080),
     "OPT 6.7B": (opt.OPT_6_7B, 6_658_473_984),
+    "T5 small": (t5.SMALL, 60_506_624),
+    "T5 base": (t5.BASE, 222_903_552),
+    "FLAN-T5 small": (t5.FLAN_SMALL, 76_961_152),
+    "Whisper tiny": (whisper.TINY, 37_760_640),
+    "Whisper base": (whisper.BASE, 72_593_920),
+    "Whisper large v3": (whisper.LARGE_V3, 1_543_490_560),
 }
 """Published sizes: Config and number of parameters."""
 

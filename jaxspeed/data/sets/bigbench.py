@@ -44,13 +44,11 @@ def _answerable(records: list[Record]) -> list[Record]:
     Some starts are one too small: BIG-bench cut a point or comma off the answer.
     """
     for record in records:
-        answers = record["answers"]
-        found = [
-            (text, start + shift)
-            for text, start in zip(*answers.values(), strict=True)
-            for shift in (0, 1)
-            if record["context"].startswith(text, start + shift)
-        ]
+        answers, context = record["answers"], record["context"]
+        found = []
+        for text, start in zip(answers["text"], answers["answer_start"], strict=True):
+            starts = [s for s in (start, start + 1) if context.startswith(text, s)]
+            found += [(text, s) for s in starts[:1]]
         answers["text"] = [text for text, _ in found]
         answers["answer_start"] = [start for _, start in found]
     return [record for record in records if record["answers"]["text"]]

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxspeed.sampling import SamplingConfig, choose, keep_likely
+from jaxspeed.choice import choose, keep_likely, knobs_of, rule_of
+from jaxspeed.sampling import SamplingConfig
 
 
 B, V = 4, 50
@@ -31,7 +32,9 @@ def keys(seed: int = 0) -> jax.Array:
 
 
 def kept(cfg: SamplingConfig) -> np.ndarray:
-    return np.isfinite(keep_likely(logits() / cfg.temperature, cfg.rule, cfg.knobs))
+    return np.isfinite(
+        keep_likely(logits() / cfg.temperature, rule_of(cfg), knobs_of(cfg))
+    )
 
 
 @pytest.mark.hf
@@ -62,7 +65,7 @@ def test_repetition_penalty_is_that_of_transformers() -> None:
     process = generation.RepetitionPenaltyLogitsProcessor(4.0)
     theirs = process(torch.from_numpy(said), torch.from_numpy(np.array(logits())))
     seen = jnp.zeros((B, V), bool).at[np.arange(B)[:, None], said].set(True)
-    ours = choose(logits(), keys(), cfg.rule, cfg.knobs, seen)
+    ours = choose(logits(), keys(), rule_of(cfg), knobs_of(cfg), seen)
     np.testing.assert_array_equal(ours, theirs.argmax(-1).numpy())
     assert np.all(ours != said[:, 0])
 
@@ -77,7 +80,7 @@ def test_draws_have_the_probabilities_of_the_model() -> None:
     cfg = SamplingConfig(temperature=0.7)
     row = jnp.broadcast_to(logits()[:1], (4000, V))
     many = jax.random.split(jax.random.key(0), 4000)
-    drawn = choose(row, many, cfg.rule, cfg.knobs, None)
+    drawn = choose(row, many, rule_of(cfg), knobs_of(cfg), None)
     counts = np.bincount(np.asarray(drawn), minlength=V) / 4000
     expected = np.asarray(jax.nn.softmax(logits()[0] / 0.7))
     # Five standard deviations of a count.
@@ -86,6 +89,8 @@ def test_draws_have_the_probabilities_of_the_model() -> None:
 
 def test_greedy_needs_no_key() -> None:
     cfg = SamplingConfig(temperature=0.0)
-    same = [choose(logits(), keys(s), cfg.rule, cfg.knobs, None) for s in (0, 1)]
+    same = [
+        choose(logits(), keys(s), rule_of(cfg), knobs_of(cfg), None) for s in (0, 1)
+    ]
     np.testing.assert_array_equal(same[0], np.argmax(logits(), -1))
     np.testing.assert_array_equal(*same)

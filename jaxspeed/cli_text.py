@@ -1,0 +1,406 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The commands around text: `jaxspeed generate`, `jaxspeed chat`, `jaxspeed score`.
+
+They take a run directory or a Hugging Face folder. Here are their flags and what they print; what
+a model with its tokenizer can do is in `jaxspeed.writing`. Layer 4.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import math
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jaxspeed.config import ConfigError, MeshConfig, RunConfig, ZeroConfig, config_error
+from jaxspeed.sampling import SamplingConfig
+
+
+if TYPE_CHECKING:
+    from jaxspeed.generate import Text
+    from jaxspeed.writing import TextModel
+
+_DTYPES = ("float32", "bfloat16", "float16")
+DTYPE_HELP = ", ".join(_DTYPES)
+
+GENERATE_HELP = """\
+Writes text after a prompt.
+
+examples:
+  jaxspeed generate runs/tiny --prompt "ROMEO." --temperature 0.8
+  jaxspeed generate imported/model --prompt "The capital of France is" --temperature 0
+  jaxspeed generate imported/model --prompt-ids 5,17,3 --max-new-tokens 16 --temperature 0 --json
+  jaxspeed generate runs/tiny --prompt "To be" -n 4 --top-p 0.9 --stop "\\n\\n"
+  jaxspeed generate imported/t5 --prompt "translate English to German: Good morning."
+  jaxspeed generate runs/tiny --prompt - < prompt.txt
+"""
+
+CHAT_HELP = """\
+Talks with a model, by its own chat template. /reset begins a new conversation, /quit leaves;
+Ctrl-C stops an answer.
+
+examples:
+  jaxspeed chat imported/smollm2
+  jaxspeed chat runs/sft --system "You answer briefly." --temperature 0
+"""
+
+CHAT_COMMANDS = "/reset begins anew, /quit leaves"
+STREAM_EVERY = 4
+"""Tokens between two looks at what is written, where it is shown as it comes."""
+
+
+def check_dtype(name: str) -> str:
+    """Returns the name of a precision.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    if name not in _DTYPES:
+        raise config_error(
+            "dtype", name, "no such precision", f"give one of {DTYPE_HELP}"
+        )
+    return name
+
+
+def add_text_commands(commands: Any) -> None:
+    """Adds the commands to jaxspeed's parser."""
+    raw = argparse.RawDescriptionHelpFormatter
+    generate = commands.add_parser(
+        "generate",
+        help="write text after a prompt",
+        description=GENERATE_HELP,
+        formatter_class=raw,
+    )
+    generate.add_argument(
+        "--prompt",
+        action="append",
+        default=[],
+        help="text; several times for a batch; - reads it from the standard input",
+    )
+    generate.add_argument(
+        "--prompt-ids",
+        action="append",
+        default=[],
+        help="token ids, as in 5,17,3; needs no tokenizer",
+    )
+    generate.add_argument(
+        "--audio", action="append", default=[], help="a WAV file, for a speech model"
+    )
+    generate.add_argument(
+        "--json",
+        action="store_true",
+        help='{"ids": [[...]], "logprobs": [[...]], "texts": [...]}: the new tokens and log p of each, in nats',
+    )
+    chat = commands.add_parser(
+        "chat",
+        help="talk with a model",
+        description=CHAT_HELP,
+        formatter_class=raw,
+    )
+    chat.add_argument("--system", default="", help="what the model is told first")
+    score = commands.add_parser(
+        "score", help="log-probability of each token given those before it, in nats"
+    )
+    score.add_argument(
+        "--ids",
+        required=True,
+        help="token ids, for example: jaxspeed score DIR --ids 5,17,3,8 --json",
+    )
+    score.add_argument(
+        "--json", action="store_true", help='{"ids": [[...]], "logprobs": [[...]]}'
+    )
+    for command in (generate, chat):
+        _add_sampling(command, temperature=0.7 if command is chat else 1.0)
+    for command in (generate, chat, score):
+        command.add_argument("model", help="a run directory or a Hugging Face folder")
+        _add_devices(command)
+
+
+def _add_sampling(command: Any, *, temperature: float) -> None:
+    defaults = {"temperature": temperature, "max_new_tokens": 128}
+    for field in dataclasses.fields(SamplingConfig):
+        if command.prog.endswith("chat") and field.name == "num_samples":
+            continue
+        name = "--" + field.name.replace("_", "-")
+        names = ["-n", name] if field.name == "num_samples" else [name]
+        if field.name == "stop":
+            how: dict[str, Any] = {"action": "append", "default": []}
+        else:
+            default = defaults.get(field.name, field.default)
+            how = {"type": type(field.default), "default": default}
+        command.add_argument(*names, help=SAMPLING_HELP[field.name], **how)
+
+
+SAMPLING_HELP = {
+    "max_new_tokens": "tokens to write, at most (default %(default)s)",
+    "min_new_tokens": "tokens before the text may end",
+    "temperature": "divides the logits; 0 takes the likeliest token (default %(default)s)",
+    "top_k": "draw from so many likeliest tokens; 0: from all",
+    "top_p": "draw from the likeliest tokens that together have this probability",
+    "min_p": "draw from tokens at least this share as likely as the likeliest",
+    "repetition_penalty": "above 1: tokens that occurred become less likely",
+    "num_samples": "texts for each prompt",
+    "stop": "a string at which a text ends; may be given several times",
+    "seed": "of the draws",
+}
+
+
+def _add_devices(command: Any) -> None:
+    command.add_argument(
+        "--dtype", default="float32", help=f"of the products: {DTYPE_HELP}"
+    )
+    command.add_argument(
+        "--models", default="models", help="package of the model families"
+    )
+    for axis in ("data", "fsdp", "tensor"):
+        default = getattr(MeshConfig(), axis)
+        command.add_argument(
+            f"--mesh.{axis}", type=int, default=default, help="as in train.py"
+        )
+    command.add_argument(
+        "--zero.stage", type=int, default=ZeroConfig().stage, help="as in train.py"
+    )
+    command.add_argument(
+        "--virtual_devices", type=int, default=0, help="as in train.py"
+    )
+    command.add_argument(
+        "--compile_cache", default=RunConfig.compile_cache, help="as in train.py"
+    )
+
+
+def _open(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns how to open the model; the devices and the compilation cache are set up."""
+    from jaxspeed import launch
+
+    launch.start_alone(args.virtual_devices, args.compile_cache)
+    given = vars(args)
+    axes = {axis: given[f"mesh.{axis}"] for axis in ("data", "fsdp", "tensor")}
+    return {
+        "compute": args.dtype,
+        "models": args.models,
+        "mesh": MeshConfig(**axes),
+        "zero": ZeroConfig(stage=given["zero.stage"]),
+    }
+
+
+def _sampling(args: argparse.Namespace, **changes: Any) -> SamplingConfig:
+    given = vars(args) | changes
+    names = [f.name for f in dataclasses.fields(SamplingConfig) if f.name in given]
+    values = {name: given[name] for name in names}
+    stop = tuple(text.encode().decode("unicode_escape") for text in values["stop"])
+    return SamplingConfig(**{**values, "stop": stop})
+
+
+def _generate(args: argparse.Namespace) -> int:
+    sampling = _sampling(args)
+    if not (args.prompt or args.prompt_ids or args.audio):
+        raise ConfigError(
+            "prompt: there is none; give --prompt TEXT, or --prompt-ids 5,17,3"
+        )
+    given = [_ids(text) for text in args.prompt_ids]
+    prompts = [sys.stdin.read() if text == "-" else text for text in args.prompt]
+    from jaxspeed.writing import open_writer
+
+    model = open_writer(args.model, **_open(args))
+    rows = [model.ids_of(prompt) for prompt in prompts] + given
+    source = model.hear(args.audio) if args.audio else None
+    if source is not None and not rows:
+        rows = [_ids("")] * len(source)
+    alone = len(rows) == 1 and sampling.num_samples == 1
+    shown = alone and not args.json and model.tokenizer is not None
+    texts: list[Text] = []
+    begin = prompts[0] if prompts and not model.reads_source else ""
+    with _Shown(model, begin, shown, sampling.stop) as show:
+        every = STREAM_EVERY if shown else 0
+        for texts in model.write(rows, sampling, every=every, source=source):
+            show(texts[0])
+    if args.json:
+        found = {
+            "ids": [text.ids.tolist() for text in texts],
+            "logprobs": [text.logprobs.tolist() for text in texts],
+        }
+        if model.tokenizer is not None:
+            found["texts"] = [_trimmed(model, text, sampling.stop) for text in texts]
+        sys.stdout.write(json.dumps(found) + "\n")
+    elif model.tokenizer is None:
+        for text in texts:
+            sys.stdout.write(",".join(map(str, text.ids.tolist())) + "\n")
+    elif not shown:
+        for number, text in enumerate(texts):
+            prompt, sample = divmod(number, sampling.num_samples)
+            words = _trimmed(model, text, sampling.stop)
+            sys.stdout.write(f"--- prompt {prompt + 1}, text {sample + 1}\n{words}\n")
+    return 0
+
+
+def _ids(text: str) -> Any:
+    import numpy as np
+
+    try:
+        return np.asarray([int(x) for x in text.split(",") if text], np.int64)
+    except ValueError:
+        raise config_error(
+            "prompt-ids", text, "not token ids", "give numbers, as in 5,17,3"
+        ) from None
+
+
+def _trimmed(model: "TextModel", text: "Text", stop: Sequence[str]) -> str:
+    """Returns a text without the stop string that ended it."""
+    words = model.decode(text.ids)
+    ends = [words.index(s) for s in stop if s in words]
+    return words[: min(ends)] if ends else words
+
+
+class _Shown:
+    """Shows a text as it grows, a whole character at a time."""
+
+    def __init__(
+        self, model: "TextModel", prompt: str, on: bool, stop: Sequence[str] = ()
+    ) -> None:
+        self.model, self.prompt, self.on, self.stop = model, prompt, on, stop
+        self.said = ""
+
+    def __enter__(self) -> Callable[["Text"], None]:
+        if self.on:
+            sys.stdout.write(self.prompt)
+            sys.stdout.flush()
+        return self.show
+
+    def show(self, text: "Text") -> None:
+        """Shows what is new; a character that is not whole yet waits."""
+        if not self.on:
+            return
+        words = _trimmed(self.model, text, self.stop)
+        if words.startswith(self.said):
+            whole = words if text.ended else words.rstrip("\ufffd")
+            sys.stdout.write(whole[len(self.said) :])
+            sys.stdout.flush()
+            self.said = max(self.said, whole, key=len)
+
+    def __exit__(self, *_: object) -> None:
+        if self.on:
+            sys.stdout.write("\n")
+            sys.stdout.flush()
+
+
+def _chat(args: argparse.Namespace) -> int:
+    _sampling(args)
+    from jaxspeed.writing import open_writer
+
+    model = open_writer(args.model, **_open(args))
+    stop = [*args.stop, *model.answer_stop]
+    sampling = _sampling(args, stop=stop, num_samples=1)
+    show = sys.stdout.write
+    if model.template is None:
+        show("the model has no chat template: it reads `User: ...` and `Assistant:`\n")
+    show(f"{CHAT_COMMANDS}\n")
+    first = [{"role": "system", "content": args.system}] if args.system else []
+    messages = list(first)
+    for line in _lines():
+        if line == "/quit":
+            break
+        if line == "/reset":
+            messages = list(first)
+            continue
+        if line.startswith("/"):
+            show(f"no such command: {line}; {CHAT_COMMANDS}\n")
+            continue
+        messages.append({"role": "user", "content": line})
+        answer = _answer(model, messages, sampling)
+        messages.append({"role": "assistant", "content": answer})
+    return 0
+
+
+def _lines() -> Iterator[str]:
+    """Yields what the user types, line by line, until the end of the input."""
+    typed = sys.stdin.isatty()
+    if typed:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401 - it gives input() its history
+    while True:
+        try:
+            line = input("> " if typed else "").strip()
+        except EOFError:
+            return
+        if line:
+            yield line
+
+
+def _answer(
+    model: "TextModel", messages: list[dict[str, str]], sampling: SamplingConfig
+) -> str:
+    """Shows the assistant's answer as it comes, and returns it; Ctrl-C ends it early."""
+    ids = model.conversation(messages)
+    while model.room and len(ids) + sampling.max_new_tokens > model.room:
+        # The oldest exchange goes, not what the model was told first.
+        oldest = 1 if messages[0]["role"] == "system" else 0
+        if len(messages) - oldest <= 2:
+            raise config_error(
+                "max_new_tokens",
+                sampling.max_new_tokens,
+                f"the message and an answer do not fit the model's {model.room} positions",
+                "give fewer, or write a shorter message",
+            )
+        del messages[oldest : oldest + 2]
+        sys.stdout.write("(the oldest exchange no longer fits and is forgotten)\n")
+        ids = model.conversation(messages)
+    begin, text = time.perf_counter(), None
+    with _interruptible() as stopped, _Shown(model, "", True, sampling.stop) as show:
+        for (text,) in model.write([ids], sampling, every=STREAM_EVERY):
+            show(text)
+            if stopped():
+                break
+    assert text is not None
+    if sys.stdin.isatty():
+        rate = len(text.ids) / (time.perf_counter() - begin)
+        sys.stderr.write(f"({len(text.ids)} tokens, {rate:.1f} a second)\n")
+    return _trimmed(model, text, sampling.stop).strip()
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[Callable[[], bool]]:
+    """Takes Ctrl-C as a wish to end the answer, not the program."""
+    asked: list[int] = []
+    previous = signal.signal(signal.SIGINT, lambda number, _: asked.append(number))
+    try:
+        yield lambda: bool(asked)
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def _score(args: argparse.Namespace) -> int:
+    try:
+        ids = [int(x) for x in args.ids.split(",")]
+    except ValueError:
+        raise config_error(
+            "ids", args.ids, "not token ids", "give numbers, as in 5,17,3,8"
+        ) from None
+    how = _open(args)
+    import numpy as np
+
+    from jaxspeed.generate import token_logprobs
+    from jaxspeed.pretrained import open_model
+
+    program, params = open_model(Path(args.model), **how)
+    logprobs = token_logprobs(program, params, np.asarray(ids, np.int64)).tolist()
+    if args.json:
+        sys.stdout.write(json.dumps({"ids": [ids], "logprobs": [logprobs]}) + "\n")
+        return 0
+    for token, logprob in zip(ids[1:], logprobs, strict=True):
+        sys.stdout.write(f"{token:>8} {logprob:>10.5f}\n")
+    nats = -sum(logprobs) / len(logprobs)
+    sys.stdout.write(f"mean {-nats:.5f}, perplexity {math.exp(min(nats, 700)):.4g}\n")
+    return 0
+
+
+TEXT_COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "generate": _generate,
+    "chat": _chat,
+    "score": _score,
+}
+"""By their names."""

@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model that reads and writes text: a `Writer` with its tokenizer, end tokens and chat template.
+
+    model = open_writer("runs/tiny")             # or a Hugging Face folder
+    for text in model.stream("To be", SamplingConfig(max_new_tokens=40)):
+        ...
+
+What `jaxspeed generate` and `jaxspeed chat` are made of. Layer 4.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxspeed.config import ConfigError, MeshConfig, ZeroConfig
+from jaxspeed.data import ByteTokenizer, Tokenizer, load_tokenizer
+from jaxspeed.data.audio import log_mel, read_wav
+from jaxspeed.data.chat import PLAIN, PLAIN_STOP, Message, Template, load_template
+from jaxspeed.data.tokenize import TOKENIZER_FILE, SubwordTokenizer
+from jaxspeed.generate import Encoded, Text, Writer
+from jaxspeed.hf import is_hugging_face, read_settings
+from jaxspeed.pretrained import open_model
+from jaxspeed.sampling import SamplingConfig
+
+
+TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>")
+"""Tokens that end an answer in the usual chat templates."""
+
+
+@dataclass(frozen=True, eq=False)
+class TextModel:
+    """A model and what its token ids mean. Make it with `open_writer`."""
+
+    writer: Writer
+    tokenizer: Tokenizer | None
+    """None: the folder has none; then only ids go in and out."""
+    template: Template | None
+    """None: the folder has none."""
+    lead: tuple[int, ...]
+    """Ids before a prompt."""
+
+    @property
+    def start_id(self) -> int | None:
+        """The decoder's first id, of a model with an encoder; else None."""
+        return getattr(self.writer.program.run.model, "start_id", None)
+
+    @property
+    def reads_source(self) -> bool:
+        """Whether a prompt is for an encoder of text."""
+        model = self.writer.program.run.model
+        return self.start_id is not None and not hasattr(model, "feature_shape")
+
+    @property
+    def room(self) -> int:
+        """Tokens of prompt and text together, at most; 0: no limit."""
+        return getattr(self.writer.program.run.model, "max_seq_len", 0)
+
+    def ids_of(self, prompt: str, *, named: bool = False) -> np.ndarray:
+        """Returns a prompt's ids.
+
+        Args:
+            prompt: its text.
+            named: special tokens may be written by name, and what comes before it is its own.
+
+        Raises:
+            ConfigError: there is no tokenizer.
+        """
+        tokenizer = self._need_tokenizer()
+        if named and isinstance(tokenizer, SubwordTokenizer):
+            return tokenizer.encode_named(prompt)
+        if self.reads_source:
+            return tokenizer.frame(1).around(tokenizer.encode(prompt))[0]
+        ids = np.concatenate(
+            [np.asarray(self.lead, np.int32), tokenizer.encode(prompt)]
+        )
+        return ids if len(ids) else np.asarray([tokenizer.end_id], np.int32)
+
+    def decode(self, ids: np.ndarray) -> str:
+        """Returns the text of ids."""
+        return self._need_tokenizer().decode(ids)
+
+    def write(
+        self,
+        prompts: Sequence[np.ndarray],
+        sampling: SamplingConfig,
+        *,
+        every: int = 0,
+        source: Sequence[np.ndarray] | np.ndarray | None = None,
+    ) -> Iterator[list[Text]]:
+        """Yields what is written after each prompt, as `Writer.stream` does.
+
+        Args:
+            prompts: ids. Of a model with an encoder of text these are its input, unless there is
+                a source.
+            sampling: how to choose.
+            every: tokens between two yields.
+            source: what the encoder reads; then prompts are the decoder's, behind its first id.
+        """
+        decode = self.decode if self.tokenizer else None
+        encoded = None
+        if self.start_id is not None:
+            first = np.asarray([self.start_id], np.int32)
+            if source is None:
+                source, prompts = prompts, [first[:0]] * len(prompts)
+            encoded = _encoded(source)
+            prompts = [np.concatenate([first, ids]) for ids in prompts]
+        elif source is not None:
+            raise ConfigError("input: this model has no encoder; give a prompt only")
+        return self.writer.stream(
+            prompts, sampling, encoded=encoded, decode=decode, every=every
+        )
+
+    def hear(self, files: Sequence[str]) -> np.ndarray:
+        """Returns what the encoder of a speech model reads of WAV files.
+
+        Raises:
+            ConfigError: the model is not one of speech, or a file cannot be read or is too long.
+        """
+        shape = getattr(self.writer.program.run.model, "feature_shape", ())
+        if len(shape) != 2:
+            raise ConfigError("audio: this model does not listen; leave it out")
+        return np.stack(
+            [
+                log_mel(read_wav(file), num_mel_bins=shape[1], frames=shape[0])
+                for file in files
+            ]
+        )
+
+    def conversation(self, messages: Sequence[Message]) -> np.ndarray:
+        """Returns the ids of a conversation, up to where the assistant answers.
+
+        Raises:
+            ConfigError: there is no tokenizer, or the template refuses the messages.
+        """
+        if self.template is None:
+            return self.ids_of(Template(PLAIN, {}).render(messages))
+        return self.ids_of(self.template.render(messages), named=True)
+
+    @property
+    def answer_stop(self) -> tuple[str, ...]:
+        """Strings at which an answer ends, for a model without a template."""
+        return () if self.template else (PLAIN_STOP,)
+
+    def _need_tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise ConfigError(
+                f"there is no {TOKENIZER_FILE} beside the model, so text means nothing to it; put one there, or give --prompt-ids"
+            )
+        return self.tokenizer
+
+
+def open_writer(
+    path: str | Path,
+    *,
+    compute: str = "float32",
+    models: str = "models",
+    mesh: MeshConfig | None = None,
+    zero: ZeroConfig | None = None,
+) -> TextModel:
+    """Returns the model of a run directory or a Hugging Face folder, with its tokenizer.
+
+    Args:
+        path: either of them.
+        compute: dtype of the products.
+        models: package of the model families.
+        mesh: the devices' arrangement; all on fsdp by default.
+        zero: how the parameters are sharded over them.
+
+    Raises:
+        ConfigError: there is no model, it is damaged, no family is of its kind, or its tokenizer
+            is another model's.
+    """
+    folder = Path(path).expanduser()
+    program, params = open_model(
+        folder, compute=compute, models=models, mesh=mesh, zero=zero
+    )
+    tokenizer = _tokenizer_in(folder)
+    writer = Writer(program, params, end_ids=_end_ids(folder, tokenizer))
+    vocab_size = program.run.model.vocab_size
+    if tokenizer is not None and tokenizer.vocab_size > vocab_size:
+        raise ConfigError(
+            f"{folder / TOKENIZER_FILE}: has {tokenizer.vocab_size} ids, the model {vocab_size}: it is another model's; put the right one there"
+        )
+    lead: tuple[int, ...] = ()
+    if tokenizer is not None:
+        # A run's documents are led in by the end token (`jaxspeed.data.pack`).
+        theirs = is_hugging_face(folder)
+        lead = tokenizer.frame(1).before if theirs else (tokenizer.end_id,)
+    return TextModel(writer, tokenizer, load_template(folder), lead)
+
+
+def _tokenizer_in(folder: Path) -> Tokenizer | None:
+    if (folder / TOKENIZER_FILE).is_file():
+        return load_tokenizer(folder / TOKENIZER_FILE)
+    data = read_settings(folder).get("data")
+    named = data.get("tokenizer") if isinstance(data, Mapping) else None
+    return ByteTokenizer() if named in ("byte", "auto") else None
+
+
+def _end_ids(folder: Path, tokenizer: Tokenizer | None) -> list[int]:
+    """Returns the tokens that end a text: those of the model's files, and those of the tokenizer."""
+    ends: set[int] = set()
+    for name in ("generation_config.json", "config.json"):
+        file = folder / name
+        settings: Any = json.loads(file.read_text()) if file.is_file() else {}
+        found = settings.get("eos_token_id")
+        ends |= set(
+            found if isinstance(found, list) else [] if found is None else [found]
+        )
+    if tokenizer is not None:
+        named = map(tokenizer.token_id, TURN_ENDS)
+        ends |= {tokenizer.end_id, *(i for i in named if i is not None)}
+    return sorted(ends)
+
+
+def _encoded(source: Sequence[np.ndarray] | np.ndarray) -> Encoded:
+    """Returns the encoder's rows: features as they are, ids padded on the right."""
+    if isinstance(source, np.ndarray):
+        return Encoded(source)
+    length = -(-max(map(len, source)) // 16) * 16
+    rows = np.zeros((2, len(source), length), np.int32)
+    for i, ids in enumerate(source):
+        rows[0, i, : len(ids)], rows[1, i, : len(ids)] = ids, 1
+    return Encoded(rows[0], rows[1])
