@@ -366,11 +366,11 @@ class DataConfig:
     """Where the text comes from and how it becomes tokens."""
 
     path: tuple[str, ...] = ("shakespeare",)
-    """One or more of: `shakespeare` (bundled), a .txt, .jsonl or .parquet file, a folder of those or of array_record files, `tfds:NAME`."""
+    """One or more of: `shakespeare` (bundled), a .txt, .jsonl or .parquet file, a folder of those or of array_record files, `tfds:NAME`. Tasks with records read .csv, .tsv and SQuAD's .json too, and no .txt. `#SPLIT` after one names a split."""
     weights: tuple[float, ...] = ()
     """Share of each path in the mixture; empty means in proportion to size."""
     eval_path: tuple[str, ...] = ()
-    """Held-out text; empty holds out `eval_fraction` of the documents of `path` (or takes the set's validation split)."""
+    """Held-out text or records; empty holds out `eval_fraction` of those of `path` (or takes the set's validation split; of records, else its test split)."""
     eval_fraction: float = 0.05
     """Share of documents held out when there is no eval_path and no validation split."""
     text_field: str = "text"

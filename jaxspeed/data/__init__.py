@@ -6,11 +6,13 @@
     iterator = train_iterator(cfg, corpus, tokenizer, seq_len=..., ...)
     held_out = EvalSet(cfg=cfg, corpus=corpus, tokenizer=tokenizer, ...)
 
-`sources` gives documents by index, `corpus` splits them, `tokenize` (with the `vocabulary` of the run) makes ids of them,
-`pack` rows of those and `loader` batches.
+`sources` gives documents by index (`examples` records with several fields), `corpus` splits
+them, `clean` cleans them, `tokenize` (with the `vocabulary` of the run) makes ids of them,
+`pack` rows of those and `loader` batches. `sets` fetches real data.
 """
 
-from jaxspeed.data.corpus import Corpus, open_corpus
+from jaxspeed.data.corpus import Corpus, open_corpus, open_record_corpus
+from jaxspeed.data.examples import open_examples
 from jaxspeed.data.loader import EvalSet, train_iterator
 from jaxspeed.data.tokenize import (
     ByteTokenizer,
@@ -30,5 +32,7 @@ __all__ = [
     "build_tokenizer",
     "load_tokenizer",
     "open_corpus",
+    "open_examples",
+    "open_record_corpus",
     "train_iterator",
 ]

@@ -195,7 +195,9 @@ def test_packed_rows_hold_cleaned_text_and_do_not_resume_with_other(
     def iterator(*steps: str) -> Any:
         config = make_config(path, clean=steps)
         corpus = open_corpus(config)
-        tokenizer = build_tokenizer(config, corpus, vocab_size=257, workdir=tmp_path)
+        tokenizer = build_tokenizer(
+            config, corpus.train, vocab_size=257, workdir=tmp_path
+        )
         return train_iterator(
             config, corpus, tokenizer, seq_len=32, global_batch_size=1, seed=0
         )
