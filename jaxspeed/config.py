@@ -118,7 +118,7 @@ class DTypeConfig:
     reduce: Literal["float32", "compute"] = "float32"
     """Gradients on the wire. DeepSpeed: communication_data_type."""
     frozen: Literal["auto", "float32", "compute"] = "auto"
-    """How parameters that are not trained (`freeze`) are stored. auto: as float32 on CPU (which slices no 16-bit numbers), in compute elsewhere."""
+    """How parameters that are not trained (`freeze`, `lora`) are stored. auto: as float32 on CPU (which slices no 16-bit numbers), in compute elsewhere."""
 
     def __post_init__(self) -> None:
         check_types(self, "dtype")
@@ -584,6 +584,41 @@ class TaskConfig:
         reject_unread(self, "task", {"name"}, TASK_FIELDS)
 
 
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters (arXiv 2106.09685): y = x W + scale (x A) B, with A and B trained and W frozen."""
+
+    rank: int = 0
+    """Columns of A and rows of B (R); 0 trains the model itself."""
+    alpha: float = 16.0
+    """scale is alpha / rank."""
+    rslora: bool = False
+    """scale is alpha / sqrt(rank) (arXiv 2312.03732)."""
+    dropout: float = 0.0
+    """Share of x dropped on its way to A, in training."""
+    targets: tuple[str, ...] = ("*.block.*",)
+    """Patterns over parameter paths; of what they match, each matrix gets an adapter (embeddings, biases and norms are none)."""
+    trained: tuple[str, ...] = ()
+    """Patterns of parameters to train whole beside the adapters, a new head for instance. PEFT: modules_to_save."""
+
+    def __post_init__(self) -> None:
+        check_types(self, "lora")
+        positive("lora.rank", self.rank, allow_zero=True)
+        positive("lora.alpha", self.alpha)
+        if not 0 <= self.dropout < 1:
+            raise config_error(
+                "lora.dropout",
+                self.dropout,
+                "a share lies in [0, 1)",
+                "give 0 <= value < 1",
+            )
+        for f in dataclasses.fields(self):
+            if self.rank == 0 and getattr(self, f.name) != f.default:
+                raise ConfigError(
+                    f"lora.{f.name}={getattr(self, f.name)!r} has no effect with lora.rank=0; give lora.rank too"
+                )
+
+
 RematPolicy = Literal["none", "full", "dots", "attention"]
 
 REMAT_POLICIES = get_args(RematPolicy)
@@ -611,6 +646,8 @@ class RunConfig(Generic[M]):
     """What is sharded."""
     freeze: tuple[str, ...] = ()
     """Parameters that are not trained: patterns over dotted paths, as in embed, "layers.*", "*.bias"; `*` stands for any characters."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Low-rank adapters in place of the model's own parameters."""
     dtype: DTypeConfig = field(default_factory=DTypeConfig)
     """Precision."""
     loss_scale: LossScaleConfig = field(default_factory=LossScaleConfig)
@@ -680,7 +717,14 @@ class RunConfig(Generic[M]):
             raise ConfigError(
                 f"loss_scale has no effect with dtype.compute={self.dtype.compute!r}; remove it, or set dtype.compute float16"
             )
-        if self.dtype.frozen != "auto" and not self.freeze:
+        if self.lora.rank and self.freeze:
+            raise config_error(
+                "freeze",
+                self.freeze,
+                f"lora.rank={self.lora.rank} freezes all but the adapters",
+                "remove it; lora.trained names what is trained beside them",
+            )
+        if self.dtype.frozen != "auto" and not (self.freeze or self.lora.rank):
             raise ConfigError(
                 f"dtype.frozen={self.dtype.frozen!r} has no effect: all parameters are trained; remove it, or name some in freeze"
             )

@@ -26,12 +26,18 @@ from jaxspeed.ambient import ambient, current
 from jaxspeed.cache import Cache
 from jaxspeed.choice import Knobs, Rule, choose, knobs_of, rule_of
 from jaxspeed.config import BATCH_AXES, ConfigError, config_error
-from jaxspeed.nn import Unstacked, merge, unstack
+from jaxspeed.nn import Unstacked, unstack
 from jaxspeed.ops.linear import dot
 from jaxspeed.program import Program
 from jaxspeed.sampling import SamplingConfig
 from jaxspeed.sharding import Placement, Weight, is_placement, is_weight
-from jaxspeed.step import StepSpec, compute_weights, manual_axes, on_zero_axes
+from jaxspeed.step import (
+    StepSpec,
+    compute_weights,
+    manual_axes,
+    model_of,
+    on_zero_axes,
+)
 from jaxspeed.types import CausalLM, MaskedLM, Params, PyTree, Seq2Seq
 
 
@@ -75,7 +81,7 @@ class Writer:
         Raises:
             ConfigError: the model is not one that writes.
         """
-        model = merge(program.spec.graphdef, program.abstract_state["params"])
+        model = model_of(program.spec, program.abstract_state["params"])
         writes = isinstance(model, CausalLM | Seq2Seq)
         if not writes or isinstance(model, MaskedLM):
             raise ConfigError(
@@ -234,7 +240,7 @@ def _make_scorer(program: Program) -> Callable[..., jax.Array]:
 
     def local(params: Params, tokens: jax.Array) -> jax.Array:
         with ambient(spec.settings):
-            model = merge(spec.graphdef, compute_weights(spec, params))
+            model = model_of(spec, compute_weights(spec, params))
             logits = _logits(model.hidden(tokens[None])[0], _head(model))
             logps = jax.nn.log_softmax(logits)
         return jnp.take_along_axis(logps[:-1], tokens[1:, None], -1)[:, 0]
@@ -505,7 +511,7 @@ def _make_begin(
         room = [(0, 0), (0, shape.slots - length)]
         cache = Cache(shape.slots, jnp.pad(real, room))
         with ambient(spec.settings):
-            model = merge(spec.graphdef, compute_weights(spec, params))
+            model = model_of(spec, compute_weights(spec, params))
             memory = {}
             if "inputs" in arrays:
                 segments = arrays.get("segment_ids")
@@ -574,7 +580,7 @@ def _make_advance(
             visible = (slots <= page.slot) & (slots >= rows.first[:, None])
             cache = Cache(shape.slots, visible, page.slot, rows.kept)
             with ambient(spec.settings):
-                model = merge(spec.graphdef, _as_weights(spec, weights))
+                model = model_of(spec, _as_weights(spec, weights))
                 memory: dict[str, Any] = {}
                 if isinstance(model, Seq2Seq):
                     segments = rows.memory_segment_ids
@@ -589,7 +595,7 @@ def _make_advance(
 
         # Once for all passes: turned on a CPU, gathered at stage 3.
         with ambient(spec.settings):
-            head = _head(merge(spec.graphdef, _as_weights(spec, weights)))
+            head = _head(model_of(spec, _as_weights(spec, weights)))
         done = page.rows.done | stopped
         rows = dataclasses.replace(page.rows, done=done)
         goes_on = lambda page: page.alive & (page.count < until)

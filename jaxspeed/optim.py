@@ -35,7 +35,7 @@ from jaxspeed.types import PyTree
 
 
 _STACKED = ("layers", "expert")
-_NOT_HIDDEN = ("vocab", "seq", "labels")
+_NOT_HIDDEN = ("vocab", "seq", "labels", "rank")
 _NS = (3.4445, -4.7750, 2.0315)
 
 
@@ -586,7 +586,7 @@ def _leaf(
             stacked += 1
         if "embed" in names[stacked:] and len(names) - stacked > 1:
             embed = names.index("embed", stacked)
-    matrix = len(shape) > 1 if names is None else embed is not None
+    matrix = len(shape) > 1 if names is None else embed is not None or "rank" in names
     if decay is None:
         decay = optim.weight_decay if matrix or optim.decay == "all" else 0.0
     return _Leaf(

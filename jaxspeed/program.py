@@ -9,6 +9,7 @@ start from here. Layer 3.
 import dataclasses
 import functools
 import math
+import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,13 @@ from jaxspeed.config import (
     LossScaleConfig,
     RunConfig,
     config_error,
+)
+from jaxspeed.lora import (
+    ADAPTERS,
+    find_targets,
+    frozen_paths,
+    init_adapters,
+    with_adapters,
 )
 from jaxspeed.mesh import build_mesh
 from jaxspeed.objectives import objective_of
@@ -290,7 +298,10 @@ def build_program(
     custom = make_model is not None
     make_model = make_model or run.model.build
     graphdef, params, dims = nn.abstract(lambda: make_model(nn.rngs(jax.random.key(0))))
-    frozen = _frozen(run, paths_of(params))
+    targets = find_targets(run.lora, params, dims) if run.lora.rank else {}
+    frozen = _frozen(run, targets, paths_of(params))
+    if targets:
+        params, dims = with_adapters(targets, run.lora.rank, params, dims)
     placements = place_all(params, dims, sizes, run.zero, frozen)
     platform = mesh.devices.flat[0].platform
     compute = jnp.dtype(run.dtype.compute)
@@ -307,7 +318,8 @@ def build_program(
         loss_fn=loss_fn or objective_of(run).loss,
         reduce_dtype=_dtype(run.dtype.reduce, compute, platform),
         seed_scale=2.0 ** -round(math.log2(batch.global_size * (seq_len or run.seq_len))),
-        dropout=custom or getattr(run.model, "dropout", 1.0) > 0.0,
+        dropout=custom or getattr(run.model, "dropout", 1.0) > 0.0 or run.lora.dropout > 0.0,
+        lora=run.lora,
     )  # fmt: skip
     schedule = make_schedule(run.schedule, run.optim.lr, run.steps)
     tx = make_optimizer(
@@ -321,6 +333,9 @@ def build_program(
 
     def make_params(key: jax.Array) -> Params:
         params = nn.initialise(lambda: make_model(nn.rngs(key)))
+        if targets:
+            lora_key = jax.random.fold_in(key, zlib.crc32(ADAPTERS.encode()))
+            params[ADAPTERS] = init_adapters(lora_key, targets, run.lora.rank)
         return jax.tree.map(
             lambda p, place: p if place.trained else p.astype(stored),
             params,
@@ -374,8 +389,12 @@ def notices(program: Program) -> list[str]:
     return said
 
 
-def _frozen(run: RunConfig, paths: Collection[str]) -> set[str]:
-    """Returns the paths of the parameters that are not trained."""
+def _frozen(
+    run: RunConfig, targets: Collection[str], paths: Collection[str]
+) -> set[str]:
+    """Returns the paths of the model's parameters that are not trained."""
+    if targets:
+        return frozen_paths(run.lora, targets, paths)
     frozen = {p for pattern in run.freeze for p in matching("freeze", pattern, paths)}
     if frozen == set(paths):
         raise config_error(

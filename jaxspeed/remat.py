@@ -5,7 +5,8 @@ No policy keeps a whole weight: at ZeRO stage 3 the backward pass gathers it aga
 makes it stage 3. Layer 1.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -31,6 +32,10 @@ ATTENTION_NAMES = frozenset({"q", "k", "v", "attended", NORMALISER_NAME})
 """Checkpoint names that attention gives its operands and its result."""
 
 
+EXPANSION = 16
+"""A product with this many times more columns than terms in a sum is done again in the backward pass."""
+
+
 def checkpoint_layer(layer: Callable[..., Any], policy: str) -> Callable[..., Any]:
     """Returns the layer with this policy applied.
 
@@ -44,13 +49,35 @@ def checkpoint_layer(layer: Callable[..., Any], policy: str) -> Callable[..., An
     table = {
         "none": _keep_products,
         "full": policies.nothing_saveable,
-        "dots": policies.dots_with_no_batch_dims_saveable,
+        "dots": _keep_flat_products,
         "attention": policies.save_only_these_names(*ATTENTION_NAMES),
     }
     return jax.checkpoint(layer, policy=table[policy], prevent_cse=False)
 
 
-def _keep_products(primitive: Any, *_: Any, **params: Any) -> bool:
+def _keep_products(primitive: Any, *operands: Any, **params: Any) -> bool:
     if primitive.name == "name":
         return params["name"] in ATTENTION_NAMES | {RECURRENCE_NAME}
-    return primitive.name in PRODUCTS
+    return primitive.name in PRODUCTS and not _expands(primitive, operands, params)
+
+
+def _keep_flat_products(primitive: Any, *operands: Any, **params: Any) -> bool:
+    keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    return bool(keep(primitive, *operands, **params)) and not _expands(
+        primitive, operands, params
+    )
+
+
+def _expands(
+    primitive: Any, operands: Sequence[Any], params: Mapping[str, Any]
+) -> bool:
+    """Whether a flat product's result is so much wider than what it is made of that it is done again.
+
+    It is an adapter's B: the sum that it goes into would be kept twice, as its two terms.
+    """
+    if primitive.name != "dot_general":
+        return False
+    (contracting, _), (batch, _) = params["dimension_numbers"]
+    terms = math.prod(operands[0].shape[i] for i in contracting)
+    columns = operands[1].size // terms
+    return not batch and EXPANSION * terms <= columns

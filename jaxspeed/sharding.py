@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from jaxspeed.ambient import current
-from jaxspeed.config import ZeroConfig
+from jaxspeed.config import ConfigError, ZeroConfig
 from jaxspeed.paths import dotted
 from jaxspeed.types import PyTree
 
@@ -216,6 +216,39 @@ class Weight:
         )
         slot = jnp.zeros((), jnp.float32) if self.slot is None else self.slot
         return _materialise(plan, self.copy, slot)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Adapted:
+    """A frozen matrix with a low-rank adapter: W + scale A B, which `jaxspeed.ops.linear` applies without forming it.
+
+    It takes the parameter's place in the model, holding first `Weight`s and then arrays.
+    """
+
+    w: Any
+    a: Any
+    """The input dims of W, and the rank."""
+    b: Any
+    """The rank, and the output dims of W."""
+    path: str = dataclasses.field(metadata={"static": True})
+    """The parameter's."""
+    scale: float = dataclasses.field(metadata={"static": True})
+    dropout: float = dataclasses.field(metadata={"static": True})
+    """Share of the input dropped on its way to A."""
+
+    def __getitem__(self, index: Any) -> "Adapted":
+        """Returns itself for `[...]`, by which a model reads its parameters."""
+        if index is not Ellipsis:
+            self.__jax_array__()
+        return self
+
+    def __jax_array__(self) -> Array:
+        """Raises: only a matrix product knows what to do with it."""
+        raise ConfigError(
+            f"lora.targets: {self.path} is used by something else than jaxspeed.ops.linear, which alone applies adapters; "
+            "let the patterns leave it out"
+        )
 
 
 def materialise(weight: Any) -> Any:

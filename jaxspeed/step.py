@@ -19,7 +19,8 @@ import optax
 from jax.sharding import Mesh, PartitionSpec as P
 
 from jaxspeed.ambient import Ambient, ambient
-from jaxspeed.config import BATCH_AXES, ConfigError, LossScaleConfig
+from jaxspeed.config import BATCH_AXES, ConfigError, LoraConfig, LossScaleConfig
+from jaxspeed.lora import joined
 from jaxspeed.loss_scale import update_loss_scale
 from jaxspeed.nn import merge
 from jaxspeed.optim import update_count
@@ -57,6 +58,8 @@ class StepSpec:
     """Gradients are taken of loss * seed_scale (a power of two), to stay in float16's range where sums of losses would not."""
     dropout: bool
     """Whether the forward pass draws dropout masks in training."""
+    lora: LoraConfig
+    """Scale and dropout of the adapters, if there are any."""
 
     @functools.cached_property
     def trained(self) -> PyTree:
@@ -93,14 +96,14 @@ def make_grad_fn(spec: StepSpec) -> GradFn:
             )
 
             def scaled_loss(slots: PyTree) -> tuple[jax.Array, Sums]:
-                weights = jax.tree.map(
+                trained = jax.tree.map(
                     lambda w, slot: dataclasses.replace(w, slot=slot),
                     part_of(whole, spec.placements),
                     slots,
                     is_leaf=is_weight,
                 )
                 with ambient(spec.settings, dropout_key=dropout_key):
-                    model = merge(spec.graphdef, with_part(whole, weights))
+                    model = model_of(spec, with_part(whole, trained))
                     sums = _as_sums(spec.loss_fn(model, micro_batch))
                 return sums.total * (loss_scale * spec.seed_scale), sums
 
@@ -145,7 +148,7 @@ def make_predict_fn(
 
     def local(params: Params, batch: Batch) -> tuple[Sums, PyTree]:
         with ambient(spec.settings):
-            model = merge(spec.graphdef, compute_weights(spec, params))
+            model = model_of(spec, compute_weights(spec, params))
             sums, outputs = predict(model, batch)
         total = jax.tree.map(lambda x: jax.lax.psum(x, BATCH_AXES), _as_sums(sums))
         return total, outputs
@@ -258,6 +261,11 @@ def compute_weights(spec: StepSpec, params: Params) -> PyTree:
         params,
         spec.placements,
     )
+
+
+def model_of(spec: StepSpec, weights: PyTree) -> Any:
+    """Returns the model with these weights (or arrays), its adapters where they belong."""
+    return merge(spec.graphdef, joined(weights, spec.lora))
 
 
 def _compute_copy(master: jax.Array, place: Placement, spec: StepSpec) -> jax.Array:

@@ -9,6 +9,7 @@ float32 whatever the compute dtype.
 
 import functools
 import math
+import zlib
 from typing import Any
 
 import jax
@@ -16,11 +17,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxspeed.ambient import current
+from jaxspeed.ops.pointwise import dropout
+from jaxspeed.sharding import Adapted
 
 
 def linear(
     x: Float[Array, "..."],
-    w: Float[Array, "..."],
+    w: Float[Array, "..."] | Adapted,
     bias: Float[Array, "..."] | None = None,
     *,
     contract: int = 1,
@@ -31,10 +34,13 @@ def linear(
 
     Args:
         x: activations; its last `contract` dims are summed over.
-        w: weight; its first `contract` dims are summed over.
+        w: weight; its first `contract` dims are summed over. With an adapter, x W + scale (x A) B
+            is computed so: neither A B nor a gradient of W exists.
         bias: one value per output feature.
         contract: number of dims summed over.
     """
+    if isinstance(w, Adapted):
+        return _adapted_linear(x, w, bias, contract)
     lead, inner, outer = (
         x.shape[: x.ndim - contract],
         w.shape[:contract],
@@ -51,6 +57,26 @@ def linear(
         y = _affine(
             settings.compute, settings.activations, flat, matrix, bias.reshape(-1)
         )
+    return y.reshape(*lead, *outer)
+
+
+def _adapted_linear(x: Array, w: Adapted, bias: Array | None, contract: int) -> Array:
+    lead, outer = x.shape[: x.ndim - contract], w.b.shape[1:]
+    assert x.shape[x.ndim - contract :] == w.a.shape[:-1], (x.shape, w.a.shape, w.path)
+    inner, rank, settings = math.prod(w.a.shape[:-1]), w.a.shape[-1], current()
+    into = dropout(x, w.dropout, site=zlib.crc32(w.path.encode()))
+    y: Any = _adapted_product(
+        settings.compute,
+        jnp.dtype(jnp.float32) if bias is not None else settings.activations,
+        w.scale,
+        x.reshape(-1, inner),
+        into.reshape(-1, inner),
+        w.w.reshape(inner, -1),
+        w.a.reshape(inner, rank),
+        w.b.reshape(rank, -1),
+    )
+    if bias is not None:
+        y = (y + bias.reshape(1, -1)).astype(settings.activations)
     return y.reshape(*lead, *outer)
 
 
@@ -151,3 +177,58 @@ def _affine_bwd(
 
 
 _affine.defvjp(_affine_fwd, _affine_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _adapted_product(
+    compute: Any,
+    out: Any,
+    scale: float,
+    x: Array,
+    into: Array,
+    w: Array,
+    a: Array,
+    b: Array,
+) -> Array:
+    return _adapted_fwd(compute, out, scale, x, into, w, a, b)[0]
+
+
+def _adapted_fwd(
+    compute: Any,
+    out: Any,
+    scale: float,
+    x: Array,
+    into: Array,
+    w: Array,
+    a: Array,
+    b: Array,
+) -> tuple[Array, tuple[Array, ...]]:
+    xc, ic, wc, ac, bc = (v.astype(compute) for v in (x, into, w, a, b))
+    low = dot(ic, ac, (1, 0)).astype(compute)
+    y = dot(xc, wc, (1, 0)) + scale * dot(low, bc, (1, 0))
+    like = jnp.zeros((0,), x.dtype)
+    return y.astype(out), (pack(ic), pack(low), wc, ac, bc, like)
+
+
+def _adapted_bwd(
+    compute: Any, out: Any, scale: float, residuals: tuple[Array, ...], g: Array
+) -> tuple[Array | None, ...]:
+    into, low, w, a, b, like = residuals
+    rows = (
+        dot_rows
+        if into.dtype == jnp.uint16
+        else functools.partial(dot, contracting=(0, 0))
+    )
+    g, into, low = g.astype(compute), unpack(into, compute), unpack(low, compute)
+    d_low = (scale * dot(g, b, (1, 1))).astype(compute)
+    dx, d_into = dot(g, w, (1, 1)), dot(d_low, a, (1, 1))
+    return (
+        dx.astype(like.dtype),
+        d_into.astype(like.dtype),
+        None,
+        rows(into, d_low),
+        scale * rows(low, g),
+    )
+
+
+_adapted_product.defvjp(_adapted_fwd, _adapted_bwd)

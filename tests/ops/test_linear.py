@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from jaxspeed.ambient import ambient
+from jaxspeed.config import ConfigError
 from jaxspeed.ops import linear
 from jaxspeed.ops.linear import dot, dot_rows
+from jaxspeed.sharding import Adapted
 
 
 RNG = np.random.default_rng(0)
@@ -128,3 +130,83 @@ def test_dot_rows_sums_over_rows_in_float32(widths: tuple[int, int], rows: int) 
     assert product.dtype == jnp.float32
     expected = np.asarray(a, np.float64).T @ np.asarray(b, np.float64)
     np.testing.assert_allclose(product, expected, rtol=1e-5, atol=1e-5)
+
+
+SCALE, R = 0.5, 2
+
+
+def adapted(
+    x: Any, w: Any, a: Any, b: Any, *bias: Any, contract: int, rate: float = 0
+) -> Any:
+    return linear(x, Adapted(w, a, b, "w", SCALE, rate), *bias, contract=contract)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(
+    ("case", "compute"),
+    [(case, "float32") for case in CASES]
+    + [("heads out", "bfloat16"), ("heads in", "float16")],
+)
+def test_adapter_is_added_to_its_matrix_which_has_no_gradient(
+    case: str, compute: str, biased: bool
+) -> None:
+    x, w, bias, g, contract = arrays(case)
+    a = jnp.asarray(RNG.normal(size=(*w.shape[:contract], R)), jnp.float32)
+    b = jnp.asarray(RNG.normal(size=(R, *w.shape[contract:])), jnp.float32)
+    extra = (bias,) if biased else ()
+
+    def run(product: Any) -> Any:
+        y, pull = jax.vjp(
+            lambda w, *args: product(args[0], w, *args[1:]), w, x, a, b, *extra
+        )
+        return [y, *pull(g)]
+
+    def formed(x: Any, w: Any, a: Any, b: Any, *bias: Any) -> Any:
+        whole = w + SCALE * jnp.tensordot(a, b, 1)
+        return jnp.tensordot(x, whole, contract) + sum(bias)
+
+    with ambient(compute=jnp.dtype(compute)):
+        ours = jax.jit(run, static_argnums=0)(
+            lambda *args: adapted(*args, contract=contract)
+        )
+    with jax.numpy_rank_promotion("allow"):
+        exact = run(formed)
+    assert not np.any(ours[1])
+    for mine, theirs in zip(ours[:1] + ours[2:], exact[:1] + exact[2:], strict=True):
+        assert mine.dtype == jnp.float32
+        np.testing.assert_allclose(
+            mine, theirs, rtol=0, atol=2 * COMPUTE[compute] * np.abs(theirs).max()
+        )
+
+
+def test_adapter_that_is_zero_changes_no_bit() -> None:
+    x, w, bias, _, contract = arrays("heads out")
+    zero = jnp.zeros((R, *w.shape[contract:]))
+    for compute in ("float32", "bfloat16"):
+        with ambient(compute=jnp.dtype(compute), activations=jnp.dtype(compute)):
+            ours = adapted(x, w, jnp.ones((8, R)), zero, bias, contract=contract)
+            np.testing.assert_array_equal(ours, linear(x, w, bias, contract=contract))
+
+
+def test_dropout_is_on_the_way_into_the_adapter_alone() -> None:
+    x, w, *_ = arrays("matrix")
+    a, b = jnp.ones((8, R)), jnp.ones((R, 3))
+    run = lambda b: adapted(x, w, a, b, contract=1, rate=0.5)
+    np.testing.assert_allclose(run(b), linear(x, w + SCALE * a @ b), rtol=1e-5)
+    with ambient(dropout_key=jax.random.key(0)):
+        np.testing.assert_array_equal(run(jnp.zeros_like(b)), linear(x, w))
+        assert np.any(run(b) != linear(x, w + SCALE * a @ b))
+
+
+def test_adapter_elsewhere_than_in_a_product_is_refused() -> None:
+    weight = Adapted(
+        jnp.ones((2, 2)), jnp.ones((2, 1)), jnp.ones((1, 2)), "x.w", 1.0, 0.0
+    )
+    assert weight[...] is weight
+    for use in (
+        lambda: jnp.sum(weight),
+        lambda: weight[0],
+        lambda: jnp.ones((2, 2)) @ weight,
+    ):
+        with pytest.raises(ConfigError, match="lora.targets: x.w is used by something"):
+            use()
