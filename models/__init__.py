@@ -9,6 +9,7 @@ FAMILIES = {
     "mistral": "models.llama",
     "qwen2": "models.llama",
     "qwen3": "models.llama",
+    "smollm3": "models.llama",
     "t5": "models.t5",
     "mt5": "models.t5",
     "whisper": "models.whisper",

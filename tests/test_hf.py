@@ -19,7 +19,6 @@ from jaxspeed.hf import (
     find_exchange,
     import_params,
     is_hugging_face,
-    read_config,
 )
 from jaxspeed.pretrained import export_run, model_config, open_model
 from jaxspeed.program import Program, build_program
@@ -136,43 +135,6 @@ def test_configuration_that_does_not_fit_is_named(
 
     with pytest.raises(ConfigError, match=message):
         take()
-
-
-LLAMA = {
-    "model_type": "llama",
-    "vocab_size": 8,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "hidden_size": 8,
-    "intermediate_size": 8,
-}
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
-        ({"attention_bias": True}, "attention_bias=True"),
-        (
-            {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
-            "rope_type='llama3'",
-        ),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type='linear'"),
-        ({"sliding_window": 1024}, "sliding_window=1024 is not done here below"),
-    ],
-)
-def test_what_llama_does_not_do_is_refused(
-    tmp_path: Path, settings: dict[str, Any], message: str
-) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(LLAMA | settings))
-    with pytest.raises(ConfigError, match=message):
-        read_config(tmp_path)
-
-
-def test_llama_defaults_are_those_of_transformers(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
-    cfg = read_config(tmp_path)
-    assert (cfg.num_kv_heads, cfg.head_dim, cfg.rope_theta) == (2, 4, 10_000.0)
 
 
 def test_family_of_another_is_refused(source: Path) -> None:

@@ -13,4 +13,4 @@ from jaxspeed.ops.pointwise import (
 )
 from jaxspeed.ops.recurrence import recurrence as recurrence
 from jaxspeed.ops.remember import remember as remember
-from jaxspeed.ops.rope import rotate as rotate
+from jaxspeed.ops.rope import RopeScaling as RopeScaling, rotate as rotate

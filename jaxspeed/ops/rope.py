@@ -1,12 +1,43 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rotary position embedding. Reference: arXiv 2104.09864 section 3.4."""
+"""Rotary position embedding, and its stretching to contexts longer than those of pretraining.
+
+Reference: arXiv 2104.09864 section 3.4. What depends on the sequence's length (transformers'
+dynamic and longrope) is not here: a text's keys would have to be turned anew as it grows.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 
+@dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """How frequencies are lowered: wholly below some frequency, not at all above another."""
+
+    kind: Literal["linear", "llama3", "yarn"]
+    """All alike (arXiv 2306.15595); or with a ramp between, over frequencies (2407.21783) or their logarithms (2309.00071)."""
+    factor: float
+    """What low frequencies are divided by."""
+    original: int
+    """Tokens of pretraining's longest sequence (llama3, yarn)."""
+    low_turns: float
+    """Turns within them, up to which a frequency is low."""
+    high_turns: float
+    """Turns within them, from which it is left alone."""
+    attention_factor: float
+    """What queries and keys are multiplied by."""
+
+
 def rotate(
-    x: Float[Array, "B T N H"], positions: Int[Array, "B T"], *, theta: float
+    x: Float[Array, "B T N H"],
+    positions: Int[Array, "B T"],
+    *,
+    theta: float,
+    scaling: RopeScaling | None = None,
 ) -> Float[Array, "B T N H"]:
     """Returns x with each pair (x[i], x[i + H/2]) turned by positions * theta^(-2i/H).
 
@@ -16,12 +47,46 @@ def rotate(
         x: queries or keys.
         positions: of each token within its document.
         theta: base of the wavelengths.
+        scaling: what is done to the frequencies; None: nothing.
     """
     half = x.shape[-1] // 2
-    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    frequency = jnp.asarray(rope_frequencies(half, theta, scaling), jnp.float32)
     angle = positions[..., None, None].astype(jnp.float32) * frequency[None, None, None]
     cos, sin = jnp.cos(angle), jnp.sin(angle)
+    if scaling is not None and scaling.attention_factor != 1:
+        cos, sin = cos * scaling.attention_factor, sin * scaling.attention_factor
     first, second = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
     return jnp.concatenate(
         [first * cos - second * sin, second * cos + first * sin], -1
     ).astype(x.dtype)
+
+
+def rope_frequencies(
+    count: int, theta: float, scaling: RopeScaling | None = None
+) -> Float[np.ndarray, " h"]:
+    """Returns radians per token of each pair, as transformers' `modeling_rope_utils` defines them, in float64.
+
+    Args:
+        count: of pairs, H/2.
+        theta: base of the wavelengths.
+        scaling: what is done to them; None: nothing.
+    """
+    index = np.arange(count)
+    frequency = theta ** -(index / count)
+    if scaling is None:
+        return frequency
+    low, high = scaling.low_turns, scaling.high_turns
+    if scaling.kind == "linear":
+        kept = np.zeros(count)
+    elif scaling.kind == "llama3":
+        turns = scaling.original * frequency / (2 * math.pi)
+        kept = np.clip((turns - low) / (high - low), 0, 1)
+    else:
+        # The pair that makes this many turns, rounded to whole pairs away from the ramp's middle.
+        pair = lambda turns: (
+            count * math.log(scaling.original / (2 * math.pi * turns)) / math.log(theta)
+        )
+        first = max(math.floor(pair(high)), 0)
+        last = min(math.ceil(pair(low)), 2 * count - 1)
+        kept = 1 - np.clip((index - first) / (last - first or 0.001), 0, 1)
+    return frequency * (kept + (1 - kept) / scaling.factor)

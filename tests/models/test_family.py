@@ -45,8 +45,12 @@ by_member = pytest.mark.parametrize("name", members(variants=True))
 by_family = pytest.mark.parametrize("name", members())
 
 
-def by_kind(*kinds: Kind) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("name", members(*kinds))
+def by_kind(*kinds: Kind, also: tuple[str, ...] = ()) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("name", [*members(*kinds), *also])
+
+
+WINDOWS = ("llama, windows",)
+"""A variant whose attention differs from layer to layer."""
 
 
 @functools.cache
@@ -183,7 +187,7 @@ def test_shapes_and_dtypes(name: str, activations: str) -> None:
     assert shape_of("output_embedding").shape == (V, D)
 
 
-@by_kind("decoder", "recurrent", "seq2seq")
+@by_kind("decoder", "recurrent", "seq2seq", also=WINDOWS)
 def test_hidden_depends_on_just_the_tokens_so_far(name: str) -> None:
     base = np.repeat(tokens()[:1], T, axis=0)
     changed = base + np.eye(T, dtype=np.int32) * (1 - 2 * (base == V - 1))
@@ -194,7 +198,7 @@ def test_hidden_depends_on_just_the_tokens_so_far(name: str) -> None:
     np.testing.assert_array_equal(differs, np.triu(np.ones((T, T), bool)))
 
 
-@by_kind("decoder", "recurrent", "encoder")
+@by_kind("decoder", "recurrent", "encoder", also=WINDOWS)
 def test_packed_documents_equal_separate_ones(name: str) -> None:
     run, inputs = hidden(name), tokens()
     positions = np.tile(np.array([*range(6), *range(7), *range(3)], np.int32), (T, 1))
@@ -256,7 +260,7 @@ def test_positions_count_from_zero_by_default(name: str) -> None:
     assert np.abs(default - other).max() > 1e-3
 
 
-@by_kind("decoder", "recurrent", "seq2seq")
+@by_kind("decoder", "recurrent", "seq2seq", also=WINDOWS)
 @pytest.mark.parametrize("prompt", [1, 7])
 def test_model_that_writes_has_the_hidden_states_of_one_that_reads(
     name: str, prompt: int
@@ -315,15 +319,15 @@ def test_rematerialisation_changes_neither_loss_nor_gradients(
     assert_trees_close(step(parameters(name), batch(name)), gradients(name))
 
 
-@by_family
+@pytest.mark.parametrize("name", [*members(), *WINDOWS])
 def test_scanned_layers_equal_a_loop_over_layers(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def looped(self: nn.Layers, x: jax.Array, *args: Any) -> jax.Array:
+    def looped(self: nn.Layers, x: jax.Array, *args: Any, each: Any = ()) -> jax.Array:
         definition, weights = nnx.split(self.block)
         for i in range(self.num_layers):
-            block = nnx.merge(definition, jax.tree.map(lambda w, i=i: w[i], weights))
-            x = block(x, *args)
+            own, more = jax.tree.map(lambda w, i=i: w[i], (weights, each))
+            x = nnx.merge(definition, own)(x, *args, *more)
         return x
 
     scanned = gradients(name)

@@ -315,6 +315,18 @@ SIZES = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
 }
+
+
+def stretched(rope_type: str, **more: float) -> dict[str, Any]:
+    """Returns rotary parameters of a model that was made for 4 tokens."""
+    rope = {"rope_type": rope_type, "rope_theta": 100.0, "factor": 8.0, **more}
+    return (
+        rope
+        if rope_type == "linear"
+        else rope | {"original_max_position_embeddings": 4}
+    )
+
+
 GPT2 = {"vocab_size": V, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64}
 OPT = {
     "vocab_size": V, "hidden_size": 32, "ffn_dim": 56, "num_hidden_layers": 3,
@@ -377,6 +389,22 @@ PEERS = {
     "mistral": Peer("mistral", SIZES | {"sliding_window": None, "head_dim": 16}),
     "qwen2": Peer("qwen2", SIZES),
     "qwen3": Peer("qwen3", SIZES | {"head_dim": 16}),
+    "llama, biases, linear": Peer(
+        "llama", SIZES | {"attention_bias": True, "rope_parameters": stretched("linear")}
+    ),
+    "mistral, window, llama3": Peer(
+        "mistral", SIZES | {
+            "sliding_window": 5,
+            "rope_parameters": stretched("llama3", low_freq_factor=0.1, high_freq_factor=1.0),
+        },
+    ),
+    "qwen2, some windows, yarn": Peer(
+        "qwen2", SIZES | {
+            "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1,
+            "rope_parameters": stretched("yarn", beta_slow=0.1, beta_fast=1.0),
+        },
+    ),
+    "smollm3": Peer("smollm3", SIZES | {"no_rope_layer_interval": 2, "pad_token_id": None}),
     "opt": Peer("opt", OPT),
     "opt, norms behind": Peer(
         "opt", OPT | {"do_layer_norm_before": False, "word_embed_proj_dim": 24}
@@ -401,7 +429,7 @@ PEERS = {
     "t5 v1.1": Peer("t5", FLAN, "seq2seq", untie),
     "mt5": Peer("mt5", FLAN | {"layer_norm_epsilon": 1e-3}, "seq2seq", untie),
     "whisper": Peer("whisper", WHISPER, "speech"),
-}
+}  # fmt: skip
 
 
 FIRST = list({peer.model_type: name for name, peer in reversed(PEERS.items())}.values())

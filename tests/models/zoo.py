@@ -212,6 +212,19 @@ ZOO: dict[str, Member] = {
         next_token_loss,
         text,
     ),
+    "llama, windows": Member(
+        llama.Config(
+            vocab_size=V, max_seq_len=T, num_layers=L, num_heads=4, num_kv_heads=2,
+            head_dim=8, d_model=D, d_ff=64, out_bias=True, sliding_window=5,
+            num_full_layers=1, no_rope_interval=2, rope_type="yarn", rope_factor=4.0,
+            rope_original_len=8, rope_low_turns=0.1, rope_high_turns=1.0,
+            rope_attention_factor=1.1,
+        ),
+        "decoder",
+        next_token_loss,
+        text,
+        variant=True,
+    ),
     "opt": Member(
         opt.Config(
             vocab_size=V, max_seq_len=T, num_layers=L, num_heads=4, d_model=D, d_ff=64
@@ -346,6 +359,8 @@ NAMED: dict[str, tuple[Any, int]] = {
     "Whisper tiny": (whisper.TINY, 37_760_640),
     "Whisper base": (whisper.BASE, 72_593_920),
     "Whisper large v3": (whisper.LARGE_V3, 1_543_490_560),
+    "Llama 3.1 8B": (llama.LLAMA31_8B, 8_030_261_248),
+    "Mistral 7B": (llama.MISTRAL_7B, 7_241_732_096),
 }
 """Published sizes: Config and number of parameters."""
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxspeed.ops import rotate
+from jaxspeed.ops import RopeScaling, rotate
 
 
 RNG = np.random.default_rng(0)
@@ -82,3 +82,14 @@ def test_bfloat16_is_turned_in_float32_and_stays_bfloat16() -> None:
     assert y.dtype == jnp.bfloat16
     exact = turn(x.astype(jnp.float32), at, 100.0)
     np.testing.assert_array_equal(y, exact.astype(jnp.bfloat16))
+
+
+def test_linear_scaling_is_a_shorter_text_and_the_attention_factor_a_multiple() -> None:
+    x = jnp.asarray(heads())
+    scaling = RopeScaling(
+        kind="linear", factor=2.0, original=0, low_turns=0.0, high_turns=0.0,
+        attention_factor=3.0,
+    )  # fmt: skip
+    turned = jax.jit(functools.partial(rotate, theta=100.0, scaling=scaling))
+    y = turned(x, jnp.asarray(2 * positions()))
+    np.testing.assert_allclose(y, 3 * turn(x, positions(), 100.0), atol=1e-5)
