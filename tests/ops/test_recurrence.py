@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from jaxspeed.ambient import ambient
+from jaxspeed.cache import Cache
 from jaxspeed.ops import recurrence
 
 
@@ -91,3 +92,20 @@ def test_tokens_after_a_token_change_nothing(cell: str) -> None:
     x, *rest = weights(cell)
     changed = recurrence(cell, x.at[:, 4:].set(9.0), *rest)
     np.testing.assert_array_equal(recurrence(cell, x, *rest)[:, :4], changed[:, :4])
+
+
+@by_cell
+def test_state_kept_between_passes_gives_the_outputs_of_one_pass(cell: str) -> None:
+    """The first pass begins behind padding, which the state must not see; the next ones are a token each."""
+    x, *rest = weights(cell)
+    visible = jnp.asarray([[0, 0, 1, 1, 1, 1, 1]] * B, jnp.int32)
+    got, before = [], None
+    for begin, end in ((0, 4), (4, 5), (5, 6), (6, 7)):
+        start = None if before is None else jnp.int32(begin)
+        cache = Cache(T, visible > 0, start, before)
+        with ambient(cache=cache):
+            part = slice(begin, end)
+            got.append(recurrence(cell, x[:, part], *rest, visible[:, part]))
+        before = cache.kept
+    whole = recurrence(cell, x[:, 2:], *rest)
+    np.testing.assert_allclose(jnp.concatenate(got, 1)[:, 2:], whole, atol=1e-6)
