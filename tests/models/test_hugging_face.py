@@ -330,7 +330,7 @@ def stretched(rope_type: str, **more: float) -> dict[str, Any]:
 GPT2 = {"vocab_size": V, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64}
 OPT = {
     "vocab_size": V, "hidden_size": 32, "ffn_dim": 56, "num_hidden_layers": 3,
-    "num_attention_heads": 4, "max_position_embeddings": 64, "pad_token_id": None,
+    "num_attention_heads": 4, "max_position_embeddings": 64, "pad_token_id": None, "eos_token_id": None,
 }  # fmt: skip
 VIT = {
     "image_size": PIXELS, "patch_size": 8, "hidden_size": 24, "num_hidden_layers": 2,
@@ -338,7 +338,7 @@ VIT = {
 }  # fmt: skip
 READER = GPT2 | {
     "model_type": "gpt2", "n_layer": 2, "is_decoder": True, "add_cross_attention": True,
-    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3,
+    "bos_token_id": 1, "eos_token_id": None, "pad_token_id": 3,
 }  # fmt: skip
 T5 = {
     "vocab_size": V, "d_model": 32, "d_kv": 16, "d_ff": 56, "num_layers": 2, "num_heads": 4,
