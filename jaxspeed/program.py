@@ -116,9 +116,9 @@ class Program:
     def predictor(
         self, predict: PredictFn
     ) -> Callable[[Params, Mapping[str, np.ndarray]], tuple[Sums, PyTree]]:
-        """Returns `(params, rows) -> (sums, outputs)` for this process's rows of an evaluation batch.
+        """Returns `(params, rows) -> (sums, outputs)` for an evaluation batch, without gradients.
 
-        Outputs are NumPy arrays of the whole global batch, the same in every process.
+        Rows and outputs are NumPy arrays of the whole global batch, the same in every process.
 
         Args:
             predict: of each device's rows, `(model, batch) -> (sums, outputs)`; a function at the
@@ -127,11 +127,15 @@ class Program:
         jitted = self._predictors.get(predict)
         if jitted is None:
             whole = NamedSharding(self.mesh, P())
-            run = make_predict_fn(self.spec, predict)
-            jitted = self._predictors[predict] = jax.jit(run, out_shardings=whole)
-        return lambda params, rows: jax.device_get(
-            jitted(params, self.put_batch(rows, training=False))
-        )
+            apply = make_predict_fn(self.spec, predict)
+            jitted = self._predictors[predict] = jax.jit(apply, out_shardings=whole)
+        index, count = self.process_rows
+
+        def run(params: Params, rows: Mapping[str, np.ndarray]) -> tuple[Sums, PyTree]:
+            mine = {n: np.split(x, count)[index] for n, x in rows.items()}
+            return jax.device_get(jitted(params, self.put_batch(mine, training=False)))
+
+        return run
 
     @functools.cached_property
     def _predictors(self) -> dict[PredictFn, Callable[..., tuple[Sums, PyTree]]]:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxspeed import ops
+from jaxspeed.ambient import current
 from jaxspeed.nn import param
 from tests.toy import NORMAL
 
@@ -90,6 +91,8 @@ class PairConfig:
     d_model: int = 16
     feature_shape: tuple[int, ...] = ()
     dropout: float = 0.0
+    end_id: int = 256
+    start_id: int = 257
 
     def build(self, rngs: nnx.Rngs) -> "Pair":
         """Returns a new model."""
@@ -126,19 +129,32 @@ class Pair(nnx.Module):
     ) -> jax.Array:
         """Returns the last hidden states."""
         del positions
+
+        def segments() -> Any:
+            everything = jnp.ones(memory.shape[:2], jnp.int32)
+            return everything if memory_segment_ids is None else memory_segment_ids
+
+        known, theirs = ops.remember(lambda: (memory, segments()))
         ours = jnp.ones_like(decoder_inputs) if segment_ids is None else segment_ids
-        theirs = (
-            jnp.ones(memory.shape[:2], jnp.int32)
-            if memory_segment_ids is None
-            else memory_segment_ids
-        )
         x = ops.embed(self.embed[...], decoder_inputs)
-        scores = jnp.einsum("BTD,BSD->BTS", x, memory)
+        x = jnp.where(ours[..., None] > 0, x, 0.0)
+        scores = jnp.einsum("BTD,BSD->BTS", x, known)
         seen = ours[:, :, None] == theirs[:, None, :]
         weights = jax.nn.softmax(jnp.where(seen, scores, -1e9))
-        read = jnp.einsum("BTS,BSD->BTD", weights, memory)
-        return x + jnp.tanh(ops.linear(jnp.cumsum(x, 1) + read, self.w[...]))
+        read = jnp.einsum("BTS,BSD->BTD", weights, known)
+        return x + jnp.tanh(ops.linear(_running_sum(x) + read, self.w[...]))
 
     def output_embedding(self) -> jax.Array:
         """Returns the input embedding."""
         return self.embed[...]
+
+
+def _running_sum(x: jax.Array) -> jax.Array:
+    """Returns the sum over the tokens so far, which is kept while the model writes."""
+    cache = current().cache
+    if cache is None:
+        return jnp.cumsum(x, 1)
+    before = cache.take()
+    total = jnp.cumsum(x, 1) + (0.0 if before is None else before)
+    cache.keep(total[:, -1:])
+    return total

@@ -16,6 +16,7 @@ from jaxspeed.tasks.base import Evaluation, Task
 from jaxspeed.tasks.labels import Classification, TokenClassification
 from jaxspeed.tasks.language import LanguageModel
 from jaxspeed.tasks.records import RecordTask
+from jaxspeed.tasks.written import ImageQuestions, SequenceToSequence, Speech
 
 
 __all__ = ["TASKS", "Evaluation", "Task", "open_task"]
@@ -28,6 +29,9 @@ TASKS: Mapping[str, Callable[[RunConfig, Program], Task]] = {
             ("classification", Classification),
             ("token_classification", TokenClassification),
             ("question_answering", QuestionAnswering),
+            ("seq2seq", SequenceToSequence),
+            ("speech", Speech),
+            ("image_qa", ImageQuestions),
         )
     },
 }

@@ -8,7 +8,7 @@ Reference: BERT, arXiv 1810.04805 section 4.2.
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -24,13 +24,15 @@ from jaxspeed.program import Program
 from jaxspeed.tasks.records import (
     Answered,
     BadRecordError,
+    Inference,
     Item,
     check_room,
     columns_of,
+    predicted,
     text_in,
 )
 from jaxspeed.tasks.scores import squad_scores
-from jaxspeed.types import Batch, Params, PyTree, Sums
+from jaxspeed.types import Batch, Params, Sums
 
 
 _CANDIDATES = 20
@@ -102,11 +104,9 @@ class QuestionAnswering:
             items.append(Item(arrays, "seq_len (the question)" if cut else ""))
         return items
 
-    def infer(
-        self, program: Program, params: Params, rows: Mapping[str, np.ndarray]
-    ) -> tuple[Sums, PyTree]:
-        """Returns the loss, and each token's logits as first and as last one."""
-        return program.predictor(_ends)(params, rows)
+    def reader(self, program: Program, params: Params) -> Inference:
+        """Returns what gives the loss, and each token's logits as first and as last one."""
+        return predicted(program, params, _ends)
 
     def score(self, answered: Sequence[Answered]) -> dict[str, float]:
         """Returns exact match and F1 in percent."""

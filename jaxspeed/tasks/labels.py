@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Classes of texts and of words."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -16,14 +16,16 @@ from jaxspeed.program import Program
 from jaxspeed.tasks.records import (
     Answered,
     BadRecordError,
+    Inference,
     Item,
     check_room,
     columns_of,
     fit,
+    predicted,
     text_in,
 )
 from jaxspeed.tasks.scores import class_scores, entity_f1
-from jaxspeed.types import Batch, Params, PyTree, Sums
+from jaxspeed.types import Batch, Params, Sums
 
 
 class Classification:
@@ -51,11 +53,9 @@ class Classification:
         arrays["labels"] = np.asarray(label, np.int32)
         return [Item(arrays, "seq_len" if cut else "")]
 
-    def infer(
-        self, program: Program, params: Params, rows: Mapping[str, np.ndarray]
-    ) -> tuple[Sums, PyTree]:
-        """Returns the loss and the likeliest class of each row."""
-        return program.predictor(_likeliest_of_rows)(params, rows)
+    def reader(self, program: Program, params: Params) -> Inference:
+        """Returns what gives the loss and the likeliest class of each row."""
+        return predicted(program, params, _likeliest_of_rows)
 
     def score(self, answered: Sequence[Answered]) -> dict[str, float]:
         """Returns accuracy and F1."""
@@ -95,11 +95,9 @@ class TokenClassification:
         arrays |= {"labels": labels, "mask": mask}
         return [Item(arrays, "seq_len" if len(firsts) < len(numbers) else "")]
 
-    def infer(
-        self, program: Program, params: Params, rows: Mapping[str, np.ndarray]
-    ) -> tuple[Sums, PyTree]:
-        """Returns the loss and the likeliest class of each token."""
-        return program.predictor(_likeliest_of_tokens)(params, rows)
+    def reader(self, program: Program, params: Params) -> Inference:
+        """Returns what gives the loss and the likeliest class of each token."""
+        return predicted(program, params, _likeliest_of_tokens)
 
     def score(self, answered: Sequence[Answered]) -> dict[str, float]:
         """Returns accuracy and F1 over words, and over entities where the classes are B-, I- and O."""

@@ -6,6 +6,8 @@ each task, and nothing here knows them. Records are encoded when their turn come
 looked at before training, so that a wrong field, label or answer is an error then.
 """
 
+import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -23,6 +25,7 @@ from jaxspeed.data.documents import Joined, Record, RecordSource, Selected
 from jaxspeed.data.loader import example_iterator, held_out_examples, share_of_rows
 from jaxspeed.objectives import objective_of
 from jaxspeed.program import Program
+from jaxspeed.step import PredictFn
 from jaxspeed.tasks.base import Evaluation
 from jaxspeed.types import Params, PyTree, Sums
 
@@ -57,6 +60,10 @@ class Answered(NamedTuple):
     outputs: list[PyTree]
 
 
+Inference = Callable[[Mapping[str, np.ndarray]], tuple[Sums, PyTree]]
+"""From an evaluation batch, the same in every process, to its loss and arrays with a row for each of its rows."""
+
+
 @runtime_checkable
 class Kind(Protocol):
     """What a task makes of a record, and of what a model says."""
@@ -74,10 +81,8 @@ class Kind(Protocol):
         """
         ...
 
-    def infer(
-        self, program: Program, params: Params, rows: Mapping[str, np.ndarray]
-    ) -> tuple[Sums, PyTree]:
-        """Returns the loss of an evaluation batch, and what the model says: arrays of all its rows."""
+    def reader(self, program: Program, params: Params) -> Inference:
+        """Returns what reads an evaluation batch: its loss, and what the model says of each row."""
         ...
 
     def score(self, answered: Sequence[Answered]) -> dict[str, float]:
@@ -234,10 +239,11 @@ class RecordTask:
         records = self._held_out()
         answered = [Answered(records[i], []) for i in range(len(records))]
         total = count = 0.0
+        read = self.kind.reader(program, params)
         for batch in self._batches(records):
             if stopped():
                 return None
-            sums, outputs = self.kind.infer(program, params, batch.arrays)
+            sums, outputs = read(batch.arrays)
             total, count = total + float(sums.total), count + float(sums.count)
             # The parts of a record need not come in order.
             for row, (record, part) in enumerate(batch.keys):
@@ -266,7 +272,11 @@ class RecordTask:
     def _batches(self, records: RecordSource) -> Any:
         field = "data.eval_path" if self.run.data.eval_path else "data.path"
         examples = Examples(field, records, self.kind)
-        return held_out_examples(self.run.data, examples, self.tokenizer, self._spec)
+        # Whole: what is written of it must be the same in every process.
+        spec = dataclasses.replace(
+            self._spec, first_row=0, num_rows=self.batch_amount, seed=None
+        )
+        return held_out_examples(self.run.data, examples, self.tokenizer, spec)
 
     def _look(self) -> list[str]:
         """Encodes some records, spread over the data; returns what there is to say of them."""
@@ -294,6 +304,17 @@ class RecordTask:
             )
             said.append(f"rows are padded: {shares} tokens")
         return said
+
+
+def predicted(program: Program, params: Params, predict: PredictFn) -> Inference:
+    """Returns what reads a batch by one pass of the model.
+
+    Args:
+        program: of the model.
+        params: its parameters.
+        predict: see `Program.predictor`.
+    """
+    return functools.partial(program.predictor(predict), params)
 
 
 def columns_of(run: RunConfig) -> tuple[tuple[str, ...], str]:

@@ -130,7 +130,10 @@ def _wer(written: Sequence[str], targets: Sequence[str]) -> dict[str, float]:
     """Returns the word error rate of the whole corpus: lower case, without punctuation."""
     jiwer = _library("jiwer", "jiwer")
     plain = lambda text: " ".join(re.sub(r"[^\w\s']", " ", text.lower()).split())
-    return {"wer": jiwer.wer([plain(t) for t in targets], [plain(w) for w in written])}
+    pairs = [(plain(t), plain(w)) for t, w in zip(targets, written, strict=True)]
+    # Against a target without a word there is no rate.
+    pairs = [pair for pair in pairs if pair[0]]
+    return {"wer": jiwer.wer(*map(list, zip(*pairs, strict=True))) if pairs else 0.0}
 
 
 _WRITTEN: Mapping[str, Callable[[Sequence[str], Sequence[str]], dict[str, float]]] = {

@@ -20,7 +20,7 @@ from jaxspeed.config import (
     TaskConfig,
 )
 from jaxspeed.program import Program, build_program
-from jaxspeed.tasks import Task, open_task
+from jaxspeed.tasks import Evaluation, Task, open_task
 
 
 MakeRun = Callable[..., RunConfig]
@@ -75,3 +75,22 @@ def opened(tmp_path: Path) -> Callable[[RunConfig], tuple[Program, Task]]:
         return program, task
 
     return open_one
+
+
+@pytest.fixture
+def trained(
+    opened: Callable[[RunConfig], tuple[Program, Task]],
+) -> Callable[[RunConfig], Evaluation]:
+    """Returns `trained(run)`: what its model is worth after its steps on one device."""
+
+    def train(run: RunConfig) -> Evaluation:
+        program, task = opened(run)
+        state, batches = program.init_state(), task.train_iterator()
+        for _ in range(run.steps):
+            rows = program.put_batch(next(batches))
+            state, _ = program.train_step(state, rows)
+        evaluation = task.evaluate(program, state["params"], step=run.steps)
+        assert evaluation is not None
+        return evaluation
+
+    return train

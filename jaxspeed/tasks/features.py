@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sound and images of records as what a model reads."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float32
+
+from jaxspeed.config import ConfigError
+from jaxspeed.data.audio import RATE, log_mel, read_wav, resample
+from jaxspeed.data.documents import Record
+from jaxspeed.tasks.records import BadRecordError
+
+
+def spectrogram_in(
+    record: Record, field: str, shape: tuple[int, ...], rate: int
+) -> Float32[np.ndarray, "F M"]:
+    """Returns a field's sound as a log-mel spectrogram, with silence up to the model's length.
+
+    Args:
+        record: of the data.
+        field: holds samples (a list or an array, of integers or in [-1, 1]), samples with their
+            rate (`{"array": ..., "sampling_rate": ...}`), or the path of a WAV file.
+        shape: the model's frames and channels.
+        rate: samples a second where the field does not tell; 0: 16,000.
+
+    Raises:
+        BadRecordError: it holds something else, or the sound is too long.
+    """
+    value = record[field]
+    if isinstance(value, dict) and {"array", "sampling_rate"} <= value.keys():
+        value, rate = value["array"], int(value["sampling_rate"])
+    try:
+        if isinstance(value, str):
+            sound = read_wav(value)
+        else:
+            sound = resample(_samples(value, field), rate or RATE, name=field)
+        return log_mel(sound, num_mel_bins=shape[1], frames=shape[0])
+    except ConfigError as error:
+        what, _, change = str(error).partition("; ")
+        raise BadRecordError(
+            f"has a {field!r} that cannot be used: {what}", change
+        ) from error
+
+
+def pixels_in(
+    record: Record, field: str, shape: tuple[int, ...]
+) -> Float32[np.ndarray, "H W C"]:
+    """Returns a field's image in the model's size, its values between -1 and 1.
+
+    Args:
+        record: of the data.
+        field: holds pixels (height, width, channels) from 0 to 255, or the path of a file.
+        shape: the model's height, width and channels.
+
+    Raises:
+        BadRecordError: it holds something else.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    value = record[field]
+    try:
+        if isinstance(value, str):
+            image = Image.open(Path(value).expanduser())
+        else:
+            pixels = np.asarray(value, np.uint8)
+            if pixels.ndim not in (2, 3):
+                raise ValueError(f"it has {pixels.ndim} dims")
+            image = Image.fromarray(
+                pixels[..., 0] if pixels.shape[-1:] == (1,) else pixels
+            )
+        image = image.convert("L" if shape[2] == 1 else "RGB")
+    except (OSError, TypeError, ValueError, UnidentifiedImageError) as error:
+        why = f"has a {field!r} that is no image ({error})"
+        raise BadRecordError(
+            why, "give pixels, or the path of a PNG or JPEG file"
+        ) from error
+    if image.size != (shape[1], shape[0]):
+        image = image.resize((shape[1], shape[0]), Image.Resampling.BICUBIC)
+    pixels = np.asarray(image, np.float32).reshape(shape)
+    return pixels / 127.5 - 1
+
+
+def _samples(value: Any, field: str) -> Float32[np.ndarray, " T"]:
+    sound = np.asarray(value)
+    if sound.ndim != 1 or sound.dtype.kind not in "iuf":
+        raise ConfigError(
+            f"it holds {type(value).__name__} and not one row of samples; set task.input_fields"
+        )
+    # TFDS gives 16-bit samples in 64 bits.
+    return (sound / (32768.0 if sound.dtype.kind != "f" else 1.0)).astype(np.float32)
