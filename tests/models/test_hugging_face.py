@@ -14,7 +14,8 @@ import pytest
 import safetensors.numpy
 
 from jaxspeed.ambient import Ambient, ambient
-from jaxspeed.config import MeshConfig, RunConfig, ZeroConfig
+from jaxspeed.config import DTypeConfig, MeshConfig, RunConfig, ZeroConfig
+from jaxspeed.generate import Encoded, Writer
 from jaxspeed.hf import export_params, import_params, read_config
 from jaxspeed.losses import (
     classification_loss,
@@ -26,6 +27,7 @@ from jaxspeed.losses import (
 )
 from jaxspeed.nn import merge
 from jaxspeed.program import Program, build_program
+from jaxspeed.sampling import SamplingConfig
 from jaxspeed.types import LossFn, Sums
 
 
@@ -483,7 +485,8 @@ def make_peer(peer: Peer) -> Any:
 
 def program_for(folder: Path, task: Task, devices: int = 1, **changes: Any) -> Program:
     cfg = read_config(folder)
-    run = RunConfig(model=cfg, steps=1, seq_len=T, global_batch_size=8, **changes)
+    how = {"dtype": DTypeConfig(compute="float32"), "global_batch_size": 8, **changes}
+    run = RunConfig(model=cfg, steps=1, seq_len=T, **how)
     return build_program(run, loss_fn=task.loss, devices=jax.devices()[:devices])
 
 
@@ -549,6 +552,38 @@ def test_loss_and_every_gradient_are_the_peers(case: Case) -> None:
         scale = 1e-3 * float(jnp.abs(want).max()) + floor
         name = jax.tree_util.keystr(path)
         np.testing.assert_allclose(got, want, atol=scale, rtol=0, err_msg=name)
+
+
+def test_greedy_text_is_the_peers(case: Case) -> None:
+    batch = case.task.batch(np.random.default_rng(0))
+    asked = {k: np.array(x) for k, x in case.task.asked(batch).items() if x is not None}
+    asked.pop("labels", None)
+    reads = "decoder_input_ids" in asked
+    begin = "decoder_input_ids" if reads else "input_ids"
+    if case.task.loss not in (next_token_loss, seq2seq_loss):
+        pytest.skip("it writes nothing")
+    asked[begin] = asked[begin][:, :5].astype(np.int64)
+    asked[begin][:, 0] = start = 7
+    if not reads:  # else its padding token, somewhere in the prompt, would be hidden
+        asked["attention_mask"] = np.ones_like(asked[begin])
+    settings = case.model.generation_config
+    settings.eos_token_id, settings.decoder_start_token_id = None, start
+    # Past Whisper's own loop over longer sounds.
+    theirs = transformers.GenerationMixin.generate(
+        case.model,
+        **{name: torch.from_numpy(x) for name, x in asked.items()},
+        max_new_tokens=7,
+        do_sample=False,
+        pad_token_id=0,
+        use_cache=False,  # it counts the layers of T5's encoder
+    )
+    encoded = Encoded(batch["inputs"], batch.get("segment_ids")) if reads else None
+    texts = Writer(case.program, case.params).write(
+        list(asked[begin]),
+        SamplingConfig(max_new_tokens=7, temperature=0.0),
+        encoded=encoded,
+    )
+    np.testing.assert_array_equal([text.ids for text in texts], theirs[:, 5:])
 
 
 @pytest.mark.parametrize("shard_bytes", [10**9, 20_000])
