@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The commands around text: `jaxspeed generate`, `jaxspeed chat`, `jaxspeed score`.
+"""The commands around text: `jaxspeed generate`, `jaxspeed chat`, `jaxspeed score`, `jaxspeed embed`.
 
 They take a run directory or a Hugging Face folder. Here are their flags and what they print; what
 a model with its tokenizer can do is in `jaxspeed.writing`. Layer 4.
@@ -114,9 +114,19 @@ def add_text_commands(commands: Any) -> None:
     score.add_argument(
         "--json", action="store_true", help='{"ids": [[...]], "logprobs": [[...]]}'
     )
+    embed = commands.add_parser(
+        "embed", help="sentence embeddings: a vector of length 1 for each text"
+    )
+    embed.add_argument(
+        "--text",
+        action="append",
+        required=True,
+        help='several times: jaxspeed embed DIR --text "A cat." --text "A dog."; without --json shows their cosines',
+    )
+    embed.add_argument("--json", action="store_true", help='{"embeddings": [[...]]}')
     for command in (generate, chat):
         _add_sampling(command, temperature=0.7 if command is chat else 1.0)
-    for command in (generate, chat, score):
+    for command in (generate, chat, score, embed):
         command.add_argument("model", help="a run directory or a Hugging Face folder")
         _add_devices(command)
 
@@ -398,9 +408,24 @@ def _score(args: argparse.Namespace) -> int:
     return 0
 
 
+def _embed(args: argparse.Namespace) -> int:
+    how = _open(args)
+    from jaxspeed.embedding import embed_texts
+
+    vectors = embed_texts(args.model, args.text, **how)
+    if args.json:
+        sys.stdout.write(json.dumps({"embeddings": vectors.tolist()}) + "\n")
+        return 0
+    for text, row in zip(args.text, vectors @ vectors.T, strict=True):
+        cosines = " ".join(f"{cosine:7.4f}" for cosine in row)
+        sys.stdout.write(f"{cosines}  {text}\n")
+    return 0
+
+
 TEXT_COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "generate": _generate,
     "chat": _chat,
     "score": _score,
+    "embed": _embed,
 }
 """By their names."""
