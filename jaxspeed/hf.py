@@ -273,6 +273,7 @@ def export_params(
     dtype: Any = np.float32,
     shard_bytes: int = 5 * 10**9,
     texts: Mapping[str, str] | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> list[Path]:
     """Writes parameters as a Hugging Face folder (config.json and safetensors files); returns its files.
 
@@ -285,6 +286,7 @@ def export_params(
         dtype: of the tensors written.
         shard_bytes: most bytes of tensors in one file.
         texts: files to go with them, the tokenizer's for instance, by name.
+        settings: of config.json that the model does not know, the ids of special tokens for instance.
 
     Raises:
         ConfigError: the folder holds a model, or cannot be written.
@@ -295,7 +297,7 @@ def export_params(
     return write_model(
         folder,
         _theirs(parts, arrays),
-        exchange.write_config(model_config),
+        {**(settings or {}), **exchange.write_config(model_config)},
         model_config,
         dtype=dtype,
         shard_bytes=shard_bytes,

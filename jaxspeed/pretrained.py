@@ -20,6 +20,7 @@ from jaxspeed.config import (
     ZeroConfig,
     suggest,
 )
+from jaxspeed.data.tokenize import TOKENIZER_FILE, load_tokenizer
 from jaxspeed.gguf_files import read_gguf
 from jaxspeed.hf import (
     check_tensors,
@@ -227,7 +228,8 @@ def export_run(
     cfg = model_config(path, models=models)
     params = read_params(path, cfg, _abstract_params(cfg))
     how: dict[str, Any] = {"dtype": dtype, "shard_bytes": shard_bytes}
-    return export_params(params, cfg, folder, texts=_tokenizer_files(path), **how)
+    how |= {"texts": _tokenizer_files(path), "settings": _token_ids(path)}
+    return export_params(params, cfg, folder, **how)
 
 
 def _abstract_params(cfg: Any) -> Params:
@@ -242,3 +244,12 @@ def _tokenizer_files(path: str | Path) -> dict[str, str]:
     """Returns the files of a folder that say what its token ids mean, by name."""
     files = (Path(path).expanduser() / name for name in TOKENIZER_FILES)
     return {file.name: file.read_text() for file in files if file.is_file()}
+
+
+def _token_ids(path: str | Path) -> dict[str, int]:
+    """Returns the settings of config.json that say which tokens end a text and fill a row."""
+    file = Path(path).expanduser() / TOKENIZER_FILE
+    if not file.is_file():
+        return {}
+    tokenizer = load_tokenizer(file)
+    return {"eos_token_id": tokenizer.end_id, "pad_token_id": tokenizer.pad_id}

@@ -201,6 +201,20 @@ def test_names_of_labels_survive(family: Any, tmp_path: Path) -> None:
     assert read_config(tmp_path / "exported") == cfg
 
 
+def test_exported_folder_says_which_tokens_end_a_text_and_fill_a_row(
+    tmp_path: Path,
+) -> None:
+    """In transformers a row's last token is found by them."""
+    write_run(tmp_path, GPT2, drawn(GPT2, 0))
+    words = {"[UNK]": 0, "</s>": 3, "[PAD]": 5}
+    model = {"type": "WordLevel", "vocab": words, "unk_token": "[UNK]"}
+    tokenizer = {"version": "1.0", "added_tokens": [], "model": model}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    export_run(tmp_path, tmp_path / "exported")
+    settings = json.loads((tmp_path / "exported" / "config.json").read_text())
+    assert (settings["eos_token_id"], settings["pad_token_id"]) == (3, 5)
+
+
 def test_a_rows_label_is_that_of_its_last_token() -> None:
     x = np.arange(24.0, dtype=np.float32).reshape(2, 6, 2)
     segments = np.array([[1, 1, 1, 1, 1, 1], [0, 1, 1, 1, 0, 0]], np.int32)
