@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What holds of GPT-2 alone."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -30,7 +32,7 @@ def test_sequence_longer_than_learned_positions_is_refused() -> None:
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(
-    values: dict[str, int], message: str
+    values: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
         gpt2.Config(**values)

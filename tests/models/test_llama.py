@@ -2,6 +2,7 @@
 """What holds of Llama alone."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import numpy as np
@@ -59,7 +60,7 @@ def test_tied_model_equals_an_untied_one_with_the_same_matrix_twice() -> None:
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(
-    values: dict[str, int], message: str
+    values: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
         llama.Config(**values)

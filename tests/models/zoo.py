@@ -172,7 +172,9 @@ def answered(rng: np.random.Generator, rows: int) -> dict[str, np.ndarray]:
 RESIDUAL = 0.02 / math.sqrt(2 * L)
 RECURRENT = {"w_in": D**-0.5, "w_rec": D**-0.5}
 IMAGE = {"image_size": PIXELS, "patch_size": PATCH}
-OPT = dict.fromkeys(("embed", "positions", "wq", "wk", "wv", "w_up"), 0.006)
+OPT: dict[str, float] = dict.fromkeys(
+    ("embed", "positions", "wq", "wk", "wv", "w_up"), 0.006
+)
 OPT |= dict.fromkeys(("wo", "w_down"), 0.006 / math.sqrt(2 * L))
 
 T5_STDS = {name: D**-0.5 for name in ("wk", "wv", "w_up", "lm_head")} | {
