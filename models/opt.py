@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""OPT (arXiv 2205.01068), as Hugging Face's OPTForCausalLM.
+"""OPT (arXiv 2205.01068), as Hugging Face's OPTForCausalLM and OPTForSequenceClassification.
 
 Learned positions, biases everywhere, ReLU, tied embeddings; norms before attention and MLP, or
 after them and an embedding narrower than the blocks (350M). Differs: dropout is one rate.
@@ -15,9 +15,19 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxspeed import ops
-from jaxspeed.hf import Exchange, Row, required, setting
+from jaxspeed.hf import Exchange, Heads, Row, required, setting
 from jaxspeed.nn import Layers, param
 from jaxspeed.sharding import shard
+from models.heads import (
+    DecoderHead,
+    OfDecoder,
+    check_labels,
+    decoder_rows,
+    num_head_params,
+    read_decoder_head,
+    refuse_text,
+    write_decoder_head,
+)
 
 
 RESERVED_POSITIONS = 2
@@ -49,9 +59,16 @@ class Config:
     """Norms before attention and MLP, and after the last block; False: after attention and MLP."""
     dropout: float = 0.0
     """Share dropped after attention and MLP."""
+    head: DecoderHead = "lm"
+    """What it gives: logits of the next token, of the row's label, of each token's label, or a value a token."""
+    num_labels: int = 2
+    """Labels (C) of the heads classify and tag."""
+    labels: tuple[str, ...] = ()
+    """Their names, if known."""
 
     def __post_init__(self) -> None:
-        """Checks that heads divide the width."""
+        """Checks that heads divide the width, and the labels."""
+        check_labels(self.num_labels, len(self.labels))
         if self.num_heads < 1:
             raise ValueError(f"model.num_heads={self.num_heads}: give 1 or more")
         if self.d_model % self.num_heads:
@@ -88,13 +105,15 @@ class Config:
             + (self.max_seq_len + RESERVED_POSITIONS) * D
         )
         projections = 2 * D * self.embed_width * self.projected
-        return tables + projections + self.num_layers * block + 2 * D * self.norm_first
+        head = num_head_params(self.head, self.embed_width, self.num_labels)
+        layers = self.num_layers * block + 2 * D * self.norm_first
+        return tables + projections + layers + head
 
     def flops_per_token(self, seq_len: int) -> float:
         """Returns model FLOPs of forward and backward for one token, attention counted causally."""
         D, F = self.d_model, self.d_ff
         matmul = self.num_layers * (4 * D * D + 2 * D * F)
-        matmul += self.vocab_size * self.embed_width
+        matmul += self.vocab_size * self.embed_width * (self.head == "lm")
         matmul += 2 * D * self.embed_width * self.projected
         return 6.0 * matmul + 6.0 * self.num_layers * seq_len * D
 
@@ -205,6 +224,9 @@ class OPT(nnx.Module):
         self.layers = Layers(lambda rngs: Block(cfg, rngs), cfg.num_layers, rngs)
         if cfg.norm_first:
             self.final_norm = LayerNorm(cfg, rngs)
+        self.labelled = cfg.head != "lm"
+        if self.labelled:
+            self.head = OfDecoder(cfg.head, cfg.embed_width, cfg.num_labels, rngs)
 
     def hidden(
         self,
@@ -230,6 +252,8 @@ class OPT(nnx.Module):
 
     def output_embedding(self) -> Float[Array, "V D"]:
         """Returns the input embedding: it is tied."""
+        if self.labelled:
+            refuse_text(self.head.head)
         return self.embed[...]
 
     def __call__(
@@ -237,11 +261,24 @@ class OPT(nnx.Module):
         inputs: Int[Array, "B T"],
         positions: Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
-    ) -> Float[Array, "B T V"]:
-        """Returns the logits."""
-        return ops.linear(
-            self.hidden(inputs, positions, segment_ids), self.output_embedding().T
-        )
+        token_types: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B ..."]:
+        """Returns the head's result; see `Config.head`. Types of texts are not read."""
+        del token_types
+        hidden = self.hidden(inputs, positions, segment_ids)
+        if self.labelled:
+            return self.head(hidden, segment_ids)
+        return ops.linear(hidden, self.output_embedding().T)
+
+
+_HEADS: Heads = [
+    ("OPTForCausalLM", "lm"),
+    ("OPTModel", "lm"),
+    ("OPTForSequenceClassification", "classify"),
+    # Which transformers does not have.
+    ("OPTForTokenClassification", "tag"),
+    ("OPTForTokenClassification", "value"),
+]
 
 
 def _read_config(hf: Mapping[str, Any]) -> Config:
@@ -261,6 +298,7 @@ def _read_config(hf: Mapping[str, Any]) -> Config:
         d_ff=required(hf, "ffn_dim"),
         d_embed=0 if d_embed == width else d_embed,
         norm_first=hf.get("do_layer_norm_before", True),
+        **read_decoder_head(hf, _HEADS),
     )
 
 
@@ -279,6 +317,7 @@ def _write_config(cfg: Config) -> dict[str, Any]:
         "dropout": cfg.dropout,
         "attention_dropout": 0.0,
         "tie_word_embeddings": True,
+        **write_decoder_head(cfg.head, cfg.num_labels, cfg.labels),
     }
 
 
@@ -322,14 +361,15 @@ def _rows(cfg: Config) -> list[Row]:
             Row(root + "project_in.weight", "w_enter", "D E -> E D"),
             Row(root + "project_out.weight", "w_leave", "E D -> D E"),
         ]
-    return rows
+    return rows + decoder_rows(cfg.head, "score")
 
 
 EXCHANGE = Exchange(
-    architectures={"opt": "OPTForCausalLM"},
+    architectures={"opt": _HEADS},
     read_config=_read_config,
     write_config=_write_config,
     rows=_rows,
-    prefix="model.",
+    prefix=r"model\.",
     ignored=r"(model\.)?lm_head\.weight",
+    heads=r"score\..*",
 )

@@ -17,9 +17,19 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxspeed import ops
-from jaxspeed.hf import Exchange, Row, required, setting
+from jaxspeed.hf import Exchange, Heads, Row, required, setting
 from jaxspeed.nn import Layers, param
 from jaxspeed.sharding import shard
+from models.heads import (
+    DecoderHead,
+    OfDecoder,
+    check_labels,
+    decoder_rows,
+    num_head_params,
+    read_decoder_head,
+    refuse_text,
+    write_decoder_head,
+)
 
 
 GATES = {"lstm": 4, "gru": 3}
@@ -43,9 +53,16 @@ class Config:
     """One matrix for input and output embedding."""
     dropout: float = 0.0
     """Share dropped after the embedding and after each layer."""
+    head: DecoderHead = "lm"
+    """What it gives: logits of the next token, of the row's label, of each token's label, or a value a token."""
+    num_labels: int = 2
+    """Labels (C) of the heads classify and tag."""
+    labels: tuple[str, ...] = ()
+    """Their names, if known."""
 
     def __post_init__(self) -> None:
-        """Checks the kind of layer."""
+        """Checks the kind of layer, and the labels."""
+        check_labels(self.num_labels, len(self.labels))
         if self.cell not in GATES:
             raise ValueError(f"model.cell={self.cell!r}: give {' or '.join(GATES)}")
 
@@ -59,6 +76,11 @@ class Config:
         """Whether the embedding has another width than the layers."""
         return self.embed_width != self.d_model
 
+    @property
+    def unties(self) -> bool:
+        """Whether there is an output embedding of its own."""
+        return self.head == "lm" and not self.tie_embeddings
+
     def build(self, rngs: nnx.Rngs) -> "RNN":
         """Returns a new model."""
         return RNN(self, rngs)
@@ -66,15 +88,16 @@ class Config:
     def num_params(self) -> int:
         """Returns the number of parameters."""
         D, P = self.d_model, GATES[self.cell]
-        embeddings = (1 if self.tie_embeddings else 2) * self.vocab_size
+        embeddings = (2 if self.unties else 1) * self.vocab_size
         layers = self.num_layers * P * (2 * D * D + 2 * D)
-        return (embeddings + 2 * D * self.projected) * self.embed_width + layers
+        head = num_head_params(self.head, self.embed_width, self.num_labels)
+        return (embeddings + 2 * D * self.projected) * self.embed_width + layers + head
 
     def flops_per_token(self, seq_len: int) -> float:
         """Returns model FLOPs of forward and backward for one token, whatever the sequence is."""
         D, P = self.d_model, GATES[self.cell]
-        outside = (self.vocab_size + 2 * D * self.projected) * self.embed_width
-        return 6.0 * (outside + self.num_layers * P * 2 * D * D)
+        outside = self.vocab_size * (self.head == "lm") + 2 * D * self.projected
+        return 6.0 * (outside * self.embed_width + self.num_layers * P * 2 * D * D)
 
 
 NORMAL = jax.nn.initializers.normal(0.02)
@@ -116,14 +139,17 @@ class RNN(nnx.Module):
     def __init__(self, cfg: Config, rngs: nnx.Rngs) -> None:
         V, D, E = cfg.vocab_size, cfg.d_model, cfg.embed_width
         self.dropout, self.projected = cfg.dropout, cfg.projected
-        self.tied = cfg.tie_embeddings
+        self.tied = not cfg.unties
         self.embed = param(NORMAL, rngs, (V, E), ("vocab", "embed"))
         if cfg.projected:
             self.w_enter = param(NORMAL, rngs, (E, D), ("embed", "embed"))
             self.w_leave = param(NORMAL, rngs, (D, E), ("embed", "embed"))
         self.layers = Layers(lambda rngs: Block(cfg, rngs), cfg.num_layers, rngs)
-        if not cfg.tie_embeddings:
+        if cfg.unties:
             self.lm_head = param(NORMAL, rngs, (V, E), ("vocab", "embed"))
+        self.labelled = cfg.head != "lm"
+        if self.labelled:
+            self.head = OfDecoder(cfg.head, cfg.embed_width, cfg.num_labels, rngs)
 
     def hidden(
         self,
@@ -141,6 +167,8 @@ class RNN(nnx.Module):
 
     def output_embedding(self) -> Float[Array, "V D"]:
         """Returns the output embedding."""
+        if self.labelled:
+            refuse_text(self.head.head)
         return self.embed[...] if self.tied else self.lm_head[...]
 
     def __call__(
@@ -148,11 +176,22 @@ class RNN(nnx.Module):
         inputs: Int[Array, "B T"],
         positions: Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
-    ) -> Float[Array, "B T V"]:
-        """Returns the logits."""
-        return ops.linear(
-            self.hidden(inputs, positions, segment_ids), self.output_embedding().T
-        )
+        token_types: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B ..."]:
+        """Returns the head's result; see `Config.head`. Types of texts are not read."""
+        del token_types
+        hidden = self.hidden(inputs, positions, segment_ids)
+        if self.labelled:
+            return self.head(hidden, segment_ids)
+        return ops.linear(hidden, self.output_embedding().T)
+
+
+_HEADS: Heads = [
+    ("RNNLanguageModel", "lm"),
+    ("RNNForSequenceClassification", "classify"),
+    ("RNNForTokenClassification", "tag"),
+    ("RNNForTokenClassification", "value"),
+]
 
 
 def _read_config(hf: Mapping[str, Any]) -> Config:
@@ -166,6 +205,7 @@ def _read_config(hf: Mapping[str, Any]) -> Config:
         d_model=width,
         d_embed=0 if d_embed == width else d_embed,
         tie_embeddings=hf.get("tie_word_embeddings", True),
+        **read_decoder_head(hf, _HEADS),
     )
 
 
@@ -179,6 +219,7 @@ def _write_config(cfg: Config) -> dict[str, Any]:
         "embedding_size": cfg.embed_width,
         "tie_word_embeddings": cfg.tie_embeddings,
         "dropout": cfg.dropout,
+        **write_decoder_head(cfg.head, cfg.num_labels, cfg.labels),
     }
 
 
@@ -202,14 +243,15 @@ def _rows(cfg: Config) -> list[Row]:
             Row("enter.weight", "w_enter", "D E -> E D"),
             Row("leave.weight", "w_leave", "E D -> D E"),
         ]
-    if not cfg.tie_embeddings:
+    if cfg.unties:
         rows.append(Row("head.weight", "lm_head"))
-    return rows
+    return rows + decoder_rows(cfg.head, "score")
 
 
 EXCHANGE = Exchange(
-    architectures={"rnn": "RNNLanguageModel"},
+    architectures={"rnn": _HEADS},
     read_config=_read_config,
     write_config=_write_config,
     rows=_rows,
+    heads=r"(head|score)\..*",
 )

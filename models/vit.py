@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Vision Transformer (arXiv 2010.11929) with a class per image, as Hugging Face's ViTForImageClassification.
+"""Vision Transformer (arXiv 2010.11929) with a class per image, as Hugging Face's ViTForImageClassification and ViTModel.
 
 An image is cut into patches, each a token; before them a class token, whose last hidden state is
 classified. Learned positions, pre-layer-norm blocks, biases, erf GELU. Pixels come as (height,
@@ -9,7 +9,7 @@ Differs: dropout is one rate.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +17,19 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxspeed import ops
-from jaxspeed.hf import Exchange, Row, required, setting
+from jaxspeed.hf import (
+    Exchange,
+    Heads,
+    Row,
+    head_of,
+    read_labels,
+    required,
+    setting,
+    write_labels,
+)
 from jaxspeed.nn import Layers, param
 from jaxspeed.sharding import shard
+from models.heads import Labels, check_labels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +42,6 @@ class Config:
     """Height and width of a patch; divides image_size."""
     num_channels: int = 3
     """Values per pixel."""
-    num_labels: int = 1000
-    """Classes (C)."""
     num_layers: int = 12
     """Blocks (L)."""
     num_heads: int = 12
@@ -46,9 +54,16 @@ class Config:
     """Added to the variance in layer norms."""
     dropout: float = 0.0
     """Share dropped after embedding, attention and MLP."""
+    head: Literal["classify", "none"] = "classify"
+    """What it gives: logits of the image's class, or the last hidden states."""
+    num_labels: int = 2
+    """Classes (C)."""
+    labels: tuple[str, ...] = ()
+    """Their names, if known."""
 
     def __post_init__(self) -> None:
-        """Checks that patches fill the image, and heads the width."""
+        """Checks that patches fill the image, and heads the width; and the labels."""
+        check_labels(self.num_labels, len(self.labels))
         for name in ("patch_size", "num_heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name}={getattr(self, name)}: give 1 or more")
@@ -85,10 +100,11 @@ class Config:
 
     def num_params(self) -> int:
         """Returns the number of parameters."""
-        D, F, C = self.d_model, self.d_ff, self.num_labels
+        D, F = self.d_model, self.d_ff
         block = 4 * D * D + 4 * D + 2 * D * F + F + D + 4 * D
         embedding = self.patch_values * D + D + (self.num_patches + 2) * D
-        return embedding + self.num_layers * block + 2 * D + D * C + C
+        head = (D + 1) * self.num_labels * (self.head == "classify")
+        return embedding + self.num_layers * block + 2 * D + head
 
     def flops_per_token(self, seq_len: int) -> float:
         """Returns model FLOPs of forward and backward for an image, spread over `seq_len` tokens.
@@ -99,7 +115,8 @@ class Config:
         blocks = self.num_layers * S * (4 * D * D + 2 * D * F)
         scores = self.num_layers * S * S * 2 * D
         patches = self.num_patches * self.patch_values * D * 2 / 3
-        return 6.0 * (blocks + scores + patches + D * self.num_labels) / seq_len
+        head = D * self.num_labels * (self.head == "classify")
+        return 6.0 * (blocks + scores + patches + head) / seq_len
 
 
 BASE = Config()
@@ -219,13 +236,12 @@ class ViT(nnx.Module):
     """The encoder with its classifier, a `jaxspeed.types.Labeller` of images."""
 
     def __init__(self, cfg: Config, rngs: nnx.Rngs) -> None:
-        D, C = cfg.d_model, cfg.num_labels
-        self.dropout = cfg.dropout
+        self.dropout, self.labelled = cfg.dropout, cfg.head == "classify"
         self.patches = Patches(cfg, rngs)
         self.layers = Layers(lambda rngs: Block(cfg, rngs), cfg.num_layers, rngs)
         self.final_norm = LayerNorm(cfg, rngs)
-        self.w_label = param(NORMAL, rngs, (D, C), ("embed", "labels"))
-        self.b_label = param(ZEROS, rngs, (C,), ("labels",))
+        if self.labelled:
+            self.head = Labels(cfg.d_model, cfg.num_labels, rngs)
 
     def encode(
         self, inputs: Float[Array, "B height width channels"]
@@ -240,11 +256,14 @@ class ViT(nnx.Module):
         positions: Int[Array, "B S"] | None = None,
         segment_ids: Int[Array, "B S"] | None = None,
         token_types: Int[Array, "B S"] | None = None,
-    ) -> Float[Array, "B C"]:
-        """Returns the logits of the classes; images have no positions, segments or types."""
+    ) -> Float[Array, "B ..."]:
+        """Returns the head's result; see `Config.head`. Images have no positions, segments or types."""
         del positions, segment_ids, token_types
-        first = self.encode(inputs)[:, 0]
-        return ops.linear(first, self.w_label[...], self.b_label[...])
+        hidden = self.encode(inputs)
+        return self.head(hidden[:, 0]) if self.labelled else hidden
+
+
+_HEADS: Heads = [("ViTForImageClassification", "classify"), ("ViTModel", "none")]
 
 
 def _read_config(hf: Mapping[str, Any]) -> Config:
@@ -254,12 +273,13 @@ def _read_config(hf: Mapping[str, Any]) -> Config:
         image_size=required(hf, "image_size"),
         patch_size=required(hf, "patch_size"),
         num_channels=hf.get("num_channels", 3),
-        num_labels=len(hf["id2label"]) if "id2label" in hf else hf.get("num_labels", 2),
         num_layers=required(hf, "num_hidden_layers"),
         num_heads=required(hf, "num_attention_heads"),
         d_model=required(hf, "hidden_size"),
         d_ff=required(hf, "intermediate_size"),
         norm_eps=hf.get("layer_norm_eps", 1e-12),
+        head=head_of(hf, _HEADS),
+        **read_labels(hf),
     )
 
 
@@ -270,8 +290,6 @@ def _write_config(cfg: Config) -> dict[str, Any]:
         "image_size": cfg.image_size,
         "patch_size": cfg.patch_size,
         "num_channels": cfg.num_channels,
-        "id2label": {str(i): f"LABEL_{i}" for i in range(cfg.num_labels)},
-        "label2id": {f"LABEL_{i}": i for i in range(cfg.num_labels)},
         "num_hidden_layers": cfg.num_layers,
         "num_attention_heads": cfg.num_heads,
         "hidden_size": cfg.d_model,
@@ -280,20 +298,26 @@ def _write_config(cfg: Config) -> dict[str, Any]:
         "hidden_dropout_prob": cfg.dropout,
         "attention_probs_dropout_prob": 0.0,
         "qkv_bias": True,
+        **write_labels(cfg.num_labels, cfg.labels),
     }
 
 
 def _rows(cfg: Config) -> list[Row]:
-    there, here = "vit.encoder.layer.{layer}.", "layers.block."
+    root = "vit." if cfg.head == "classify" else ""
+    there, here = root + "encoder.layer.{layer}.", "layers.block."
     rows = [
-        Row("vit.embeddings.cls_token", "patches.class_token", "() () D -> D"),
-        Row("vit.embeddings.position_embeddings", "patches.positions", "() S D -> S D"),
+        Row(root + "embeddings.cls_token", "patches.class_token", "() () D -> D"),
         Row(
-            "vit.embeddings.patch_embeddings.projection.weight",
+            root + "embeddings.position_embeddings",
+            "patches.positions",
+            "() S D -> S D",
+        ),
+        Row(
+            root + "embeddings.patch_embeddings.projection.weight",
             "patches.w_patch",
             "D C Y X -> Y X C D",
         ),
-        Row("vit.embeddings.patch_embeddings.projection.bias", "patches.b_patch"),
+        Row(root + "embeddings.patch_embeddings.projection.bias", "patches.b_patch"),
     ]
     for name, x in (("query", "q"), ("key", "k"), ("value", "v")):
         at = f"{there}attention.attention.{name}"
@@ -312,26 +336,30 @@ def _rows(cfg: Config) -> list[Row]:
         Row(there + "intermediate.dense.bias", here + "mlp.b_up"),
         Row(there + "output.dense.weight", here + "mlp.w_down", "D F -> F D"),
         Row(there + "output.dense.bias", here + "mlp.b_down"),
-        Row("classifier.weight", "w_label", "C D -> D C"),
-        Row("classifier.bias", "b_label"),
     ]
     for theirs, ours in (
         (there + "layernorm_before", here + "attn_norm"),
         (there + "layernorm_after", here + "mlp_norm"),
-        ("vit.layernorm", "final_norm"),
+        (root + "layernorm", "final_norm"),
     ):
         rows += [
             Row(theirs + ".weight", ours + ".scale"),
             Row(theirs + ".bias", ours + ".bias"),
         ]
+    if cfg.head == "classify":
+        rows += [
+            Row("classifier.weight", "head.w", "C D -> D C"),
+            Row("classifier.bias", "head.b"),
+        ]
     return rows
 
 
 EXCHANGE = Exchange(
-    architectures={"vit": "ViTForImageClassification"},
+    architectures={"vit": _HEADS},
     read_config=_read_config,
     write_config=_write_config,
     rows=_rows,
-    prefix="vit.",
-    ignored=r"vit\.pooler\..*",
+    prefix=r"vit\.",
+    ignored=r"(vit\.)?pooler\..*",
+    heads=r"classifier\..*",
 )
