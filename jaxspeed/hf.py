@@ -62,7 +62,7 @@ class Exchange(NamedTuple):
     prefix: str = ""
     """Regular expression of what the names of a headless model lack: r"transformer\\.", for instance."""
     ignored: str = r"(?!)"
-    """Regular expression of names that hold no parameter (masks, rotary tables) or repeat one (a tied head)."""
+    """Regular expression of names that hold no parameter (masks, rotary tables) or, unless the table has them, repeat one (a tied head)."""
     heads: str = r"(?!)"
     """Regular expression of names that belong to one head or another; new where a run has another head than its folder."""
     pooling: str = r"(?!)"
@@ -458,15 +458,15 @@ def named_tensors(folder: Path, model_config: Any) -> dict[str, TensorInfo]:
     first = lambda names: next(
         filter(None, map(re.compile(exchange.prefix).match, names)), None
     )
-    here = first(row.theirs for row in exchange.rows(model_config))
+    wanted = [row.theirs for row in exchange.rows(model_config)]
+    here = first(wanted)
     if here is None:
         shorten = re.compile(f"^(?:{exchange.prefix})")
         tensors = {shorten.sub("", n): info for n, info in tensors.items()}
     elif first(tensors) is None:
         tensors = {here[0] + n: info for n, info in tensors.items()}
-    return {
-        n: info for n, info in tensors.items() if not re.fullmatch(exchange.ignored, n)
-    }
+    ignored = re.compile(exchange.ignored)
+    return {n: x for n, x in tensors.items() if n in wanted or not ignored.fullmatch(n)}
 
 
 def refuse_another_model(

@@ -629,6 +629,6 @@ EXCHANGE = Exchange(
     write_config=_write_config,
     rows=_rows,
     prefix=r"model\.",
-    ignored=r".*\.rotary_emb\.inv_freq",
+    ignored=r".*\.rotary_emb\.inv_freq|lm_head\.weight",
     heads=r"(lm_head|score)\..*",
 )

@@ -497,5 +497,5 @@ EXCHANGE = Exchange(
     write_config=_write_config,
     rows=_rows,
     # Copies of the embedding, and a table of early checkpoints that nothing reads.
-    ignored=r"(encoder|decoder)\.embed_tokens\.weight|.*EncDecAttention\.relative_attention_bias\.weight",
+    ignored=r"(encoder\.embed_tokens|decoder\.embed_tokens|lm_head)\.weight|.*EncDecAttention\.relative_attention_bias\.weight",
 )

@@ -2,16 +2,20 @@
 """What holds of T5 alone."""
 
 import dataclasses
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 
+from jaxspeed.hf import export_params, import_params
 from models import t5
 from tests.models.test_family import (
     B,
     dot_flops,
+    init,
     mean_loss,
     parameters,
 )
@@ -34,6 +38,26 @@ def test_flops_per_token_counts_the_products_of_a_step() -> None:
     hidden = 6.0 * L * T * cfg.num_heads * cfg.head_dim
     counted = dot_flops(jaxpr, attention=False) + dot_flops(jaxpr, attention=True)
     assert counted / (B * T) - hidden == pytest.approx(cfg.flops_per_token(T), rel=0.02)
+
+
+COPIES = ("lm_head", "encoder.embed_tokens", "decoder.embed_tokens")
+
+
+@pytest.mark.parametrize("name", ["t5", "t5, gated and untied"])
+def test_copies_of_the_embedding_are_passed_over(name: str, tmp_path: Path) -> None:
+    """Files of every age hold some; the head of an untied model is none."""
+    cfg, params = ZOO[name].cfg, init(name)
+    export_params(params, cfg, tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = safetensors.numpy.load_file(file)
+    copies = {f"{copy}.weight": tensors["shared.weight"] for copy in COPIES}
+    safetensors.numpy.save_file({**copies, **tensors}, file)
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = jax.eval_shape(lambda: params)
+    abstract = jax.tree.map(lambda x: x.update(sharding=one), abstract)
+    jax.tree.map(
+        np.testing.assert_array_equal, import_params(tmp_path, cfg, abstract), params
+    )
 
 
 @pytest.mark.parametrize("bidirectional", [True, False])
