@@ -2,11 +2,12 @@
 """GGUF files (llama.cpp's) as the Hugging Face model that they were made of: settings, tensors, tokenizer.
 
 The `gguf` package reads the file and undoes its quantisation, a tensor at a time. What is done
-here is the way back: names, the order of rotary rows, config.json, tokenizer.json.
+here is the way back: names, the order of rotary rows, config.json; the tokenizer is
+`jaxspeed.gguf_tokenizers`' business.
 """
 
 import functools
-import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxspeed.config import ConfigError
+from jaxspeed.gguf_tokenizers import convert_tokenizer
+from jaxspeed.ops.rope import RopeScaling, rope_frequencies
 from jaxspeed.tensorfiles import TensorInfo
 
 
@@ -40,11 +43,18 @@ INSIDE = {
 }
 """`blk.N.KEY.weight` is `model.layers.N.VALUE.weight` (gguf-py's `tensor_mapping.py`)."""
 
-LLAMA3_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-QWEN2_WORDS = LLAMA3_WORDS.replace(r"\p{N}{1,3}", r"\p{N}")
+ROPE_FACTORS = "rope_freqs.weight"
+"""What rotary frequencies are divided by."""
 
-CONTROL, USER_DEFINED = 3, 4
-"""Token types that are matched as a whole in the text."""
+YARN = {
+    "yarn_beta_fast": "beta_fast",
+    "yarn_beta_slow": "beta_slow",
+    "attn_factor": "attention_factor",
+    "yarn_attn_factor": "attention_factor",
+}
+"""`ARCH.rope.scaling.KEY`, which may be missing, is `rope_scaling.VALUE`."""
+
+View = Callable[[], np.ndarray]
 
 
 class GGUF(NamedTuple):
@@ -77,33 +87,44 @@ def read_gguf(path: str | Path) -> GGUF:
         fields = {name: f.contents() for name, f in reader.fields.items()}
     except Exception as error:  # the package raises all kinds of a damaged file
         raise ConfigError(
-            f"{path}: not a GGUF file, or truncated ({type(error).__name__}: {error})"
+            f"{path}: not a GGUF file, or truncated ({_first_line(error)})"
         ) from None
-    settings = _settings(path, fields)
-    names = {t.name for t in reader.tensors}
-    settings["tie_word_embeddings"] = "output.weight" not in names
+    views = {
+        t.name: functools.partial(gguf.quants.dequantize, t.data, t.tensor_type)
+        for t in reader.tensors
+    }
+    try:
+        settings = _settings(path, fields, views)
+        tokenizer = convert_tokenizer(path, fields)
+    except ConfigError:
+        raise
+    except Exception as error:  # metadata of any other type than it should have
+        raise ConfigError(
+            f"{path}: its metadata is damaged ({_first_line(error)})"
+        ) from None
     tensors: dict[str, TensorInfo] = {}
     for tensor in reader.tensors:
+        if tensor.name == ROPE_FACTORS:
+            continue
         name = _name(path, tensor.name)
         shape = tuple(int(n) for n in reversed(tensor.shape))
-        view = functools.partial(
-            gguf.quants.dequantize, tensor.data, tensor.tensor_type
-        )
-        tensors[name] = TensorInfo(
-            shape, np.dtype(np.float32), _unpermuted(view, name, shape, settings)
-        )
-    return GGUF(settings, tensors, _tokenizer(path, fields))
+        view = _unpermuted(views[tensor.name], name, shape, settings)
+        tensors[name] = TensorInfo(shape, np.dtype(np.float32), view)
+    return GGUF(settings, tensors, tokenizer)
 
 
-def _settings(path: Path, fields: Mapping[str, Any]) -> dict[str, Any]:
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def _settings(
+    path: Path, fields: Mapping[str, Any], views: Mapping[str, View]
+) -> dict[str, Any]:
     kind = fields.get("general.architecture")
     if kind not in ARCHITECTURES:
         raise ConfigError(
             f"{path}: general.architecture={kind!r} is not done here; {', '.join(ARCHITECTURES)} are"
         )
-    scaling = fields.get(f"{kind}.rope.scaling.type", "none")
-    if scaling != "none":
-        raise ConfigError(f"{path}: {kind}.rope.scaling.type={scaling!r} is not done")
 
     def get(name: str, default: Any = None) -> Any:
         value = fields.get(f"{kind}.{name}", default)
@@ -112,7 +133,14 @@ def _settings(path: Path, fields: Mapping[str, Any]) -> dict[str, Any]:
         return value
 
     heads, width = get("attention.head_count"), get("embedding_length")
-    return {
+    head_dim = get("attention.key_length", width // heads)
+    for name, only in (("rope.dimension_count", head_dim), ("attention.sliding_window", 0)):  # fmt: skip
+        if get(name, only) != only:
+            raise ConfigError(
+                f"{path}: {kind}.{name}={get(name)} is not done; {only} is"
+            )
+    theta = float(get("rope.freq_base", 10_000.0))
+    settings = {
         "model_type": kind,
         "vocab_size": len(fields.get("tokenizer.ggml.tokens", ())),
         "max_position_embeddings": get("context_length"),
@@ -120,11 +148,74 @@ def _settings(path: Path, fields: Mapping[str, Any]) -> dict[str, Any]:
         "num_attention_heads": heads,
         "num_key_value_heads": get("attention.head_count_kv", heads),
         "hidden_size": width,
-        "head_dim": get("attention.key_length", width // heads),
+        "head_dim": head_dim,
         "intermediate_size": get("feed_forward_length"),
-        "rope_theta": float(get("rope.freq_base", 10_000.0)),
+        "rope_theta": theta,
         # Kept as float32 there: 1e-5 comes as 9.999999747378752e-06.
         "rms_norm_eps": float(f"{get('attention.layer_norm_rms_epsilon'):.6g}"),
+        "tie_word_embeddings": "output.weight" not in views,
+        "attention_bias": "blk.0.attn_output.bias" in views,
+    }
+    if ROPE_FACTORS in views:
+        scaling = _llama3_scaling(path, views[ROPE_FACTORS](), head_dim // 2, theta)
+    else:
+        scaling = _rope_scaling(path, kind, fields, get)
+    return settings | ({"rope_scaling": scaling} if scaling else {})
+
+
+def _rope_scaling(
+    path: Path, kind: str, fields: Mapping[str, Any], get: Callable[..., Any]
+) -> dict[str, Any]:
+    """Returns what the metadata says of long contexts, in config.json's terms."""
+    prefix = f"{kind}.rope.scaling."
+    said = {n.removeprefix(prefix): x for n, x in fields.items() if prefix in n}
+    rope_type, factor = said.pop("type", "none"), said.pop("factor", 1.0)
+    said.pop("finetuned", None)
+    if rope_type == "none" or factor == 1:
+        return {}
+    rope = {"rope_type": rope_type, "factor": float(factor)}
+    if rope_type == "yarn":
+        whole = get("context_length")
+        original = said.pop("original_context_length", whole)
+        rope["original_max_position_embeddings"] = original
+        for there, here in YARN.items():
+            if there in said:
+                rope[here] = float(said.pop(there))
+        if "attention_factor" in rope:  # there it multiplies the paper's
+            rope["attention_factor"] *= 0.1 * math.log(factor) + 1
+    if rope_type not in ("linear", "yarn") or set(said) - {"original_context_length"}:
+        raise ConfigError(
+            f"{path}: {prefix}type={rope_type!r}{' with ' if said else ''}{', '.join(said)} is not done"
+        )
+    return rope
+
+
+def _llama3_scaling(
+    path: Path, divisors: np.ndarray, pairs: int, theta: float
+) -> dict[str, Any]:
+    """Returns the scaling whose divisors of the rotary frequencies a file holds instead of its name.
+
+    llama.cpp's converter writes those of Llama 3.1 and later (`LlamaModel.generate_extra_tensors`),
+    which were all made for 8192 tokens at first and differ in their factor alone.
+    """
+    factor = float(np.max(divisors))
+    scaling = RopeScaling(
+        kind="llama3", factor=factor, original=8192, low_turns=1.0, high_turns=4.0,
+        attention_factor=1.0,
+    )  # fmt: skip
+    plain, scaled = (rope_frequencies(pairs, theta, s) for s in (None, scaling))
+    if divisors.shape != (pairs,) or not np.allclose(divisors, plain / scaled, 1e-3):
+        raise ConfigError(
+            f"{path}: {ROPE_FACTORS} is not that of Llama 3.1 with any factor, and so is not done"
+        )
+    if factor == 1:
+        return {}
+    return {
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": scaling.low_turns,
+        "high_freq_factor": scaling.high_turns,
+        "original_max_position_embeddings": scaling.original,
     }
 
 
@@ -138,83 +229,22 @@ def _name(path: Path, name: str) -> str:
 
 
 def _unpermuted(
-    view: Callable[[], np.ndarray],
+    view: View,
     name: str,
     shape: tuple[int, ...],
     settings: Mapping[str, Any],
-) -> Callable[[], np.ndarray]:
+) -> View:
     """Returns the view with a Llama's query and key rows in Hugging Face's order.
 
     llama.cpp rotates neighbours, Hugging Face halves; its converter interleaves the rows of a
     head (`LlamaModel.permute` in convert_hf_to_gguf.py), for this architecture only.
     """
+    inner = name.partition("layers.")[2].partition(".")[2]
     heads = {
         "self_attn.q_proj.weight": settings["num_attention_heads"],
         "self_attn.k_proj.weight": settings["num_key_value_heads"],
-    }.get(name.partition("layers.")[2].partition(".")[2])
+    }.get(inner.replace(".bias", ".weight"))
     if settings["model_type"] != "llama" or heads is None:
         return view
     apart = (heads, shape[0] // heads // 2, 2, *shape[1:])
     return lambda: view().reshape(apart).swapaxes(1, 2).reshape(shape)
-
-
-def _tokenizer(path: Path, fields: Mapping[str, Any]) -> dict[str, str]:
-    from tokenizers import (
-        AddedToken,
-        Regex,
-        Tokenizer,
-        decoders,
-        models,
-        pre_tokenizers,
-    )
-
-    def ggml(name: str) -> Any:
-        return fields.get(f"tokenizer.ggml.{name}")
-
-    kind, words = ggml("model"), ggml("pre") or "default"
-    split = lambda pattern: pre_tokenizers.Split(Regex(pattern), "isolated")
-    before = {
-        "default": [],
-        "gpt-2": [],
-        "smollm": [pre_tokenizers.Digits(individual_digits=True)],
-        "llama-bpe": [split(LLAMA3_WORDS)],
-        "qwen2": [split(QWEN2_WORDS)],
-    }
-    if kind != "gpt2" or words not in before:
-        raise ConfigError(
-            f"{path}: tokenizer.ggml.model={kind!r} with pre={words!r} is not done here; gpt2 with {', '.join(before)} is"
-        )
-    tokens, types = ggml("tokens"), ggml("token_type")
-    merges = [tuple(merge.split(" ")) for merge in ggml("merges")]
-    tokenizer = Tokenizer(
-        models.BPE({token: i for i, token in enumerate(tokens)}, merges)
-    )
-    own = words in ("llama-bpe", "qwen2")  # they have split the words already
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            *before[words],
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not own),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_tokens(
-        [
-            AddedToken(token, special=kind == CONTROL, normalized=False)
-            for token, kind in zip(tokens, types, strict=True)
-            if kind in (CONTROL, USER_DEFINED)
-        ]
-    )
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": fields[f"{fields['general.architecture']}.context_length"],
-    }
-    for name in ("bos", "eos", "padding", "unknown"):
-        if (number := ggml(f"{name}_token_id")) is not None:
-            short = {"padding": "pad", "unknown": "unk"}.get(name, name)
-            settings[f"{short}_token"] = tokens[number]
-    if template := fields.get("tokenizer.chat_template"):
-        settings["chat_template"] = template
-    return {
-        "tokenizer.json": tokenizer.to_str(),
-        "tokenizer_config.json": json.dumps(settings, indent=2),
-    }

@@ -11,7 +11,7 @@ import pytest
 from jaxspeed import cli
 from jaxspeed.config import ConfigError
 from jaxspeed.gguf_files import read_gguf
-from jaxspeed.hf import read_config
+from jaxspeed.hf import config_of, read_config
 from jaxspeed.tensorfiles import read_folder
 
 
@@ -75,16 +75,25 @@ def write(
     writer.add_token_list(TOKENS)
     writer.add_token_types([3, 1, 1, 1, 1, 1])
     writer.add_token_merges(["a b", "\u0120 a"])
+    writer.add_bos_token_id(1)
     writer.add_eos_token_id(0)
     writer.add_chat_template("{{ messages }}")
     for name, value in fields.items():
-        writer.add_string(name.replace("__", "."), value)
+        add = {
+            str: "add_string",
+            float: "add_float32",
+            int: "add_uint32",
+            bool: "add_bool",
+        }
+        getattr(writer, add[type(value)])(name.replace("__", "."), value)
     names = {v: k for k, v in gguf_names().items()}
     for name, array in tensors.items():
         if arch == "llama" and (".q_proj" in name or ".k_proj" in name):
             array = interleaved(array, N if ".q_proj" in name else K)
         kind = gguf.GGMLQuantizationType[quantise if array.ndim > 1 else "F32"]
-        data = gguf.quants.quantize(array, kind)
+        raw = array.dtype == np.uint8
+        kind = gguf.GGMLQuantizationType[quantise] if raw else kind
+        data = array if raw else gguf.quants.quantize(array, kind)
         writer.add_tensor(names.get(name, name), data, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -116,20 +125,6 @@ def test_folder_is_what_the_file_was_made_of(tmp_path: Path) -> None:
     assert not cfg.tie_embeddings
 
 
-@pytest.mark.parametrize("quantise", ["F16", "BF16", "Q8_0", "Q4_0", "Q4_1"])
-def test_quantised_tensors_are_the_packages(tmp_path: Path, quantise: str) -> None:
-    tensors = weights()
-    del tensors["lm_head.weight"]
-    found = read_gguf(write(tmp_path / "model.gguf", tensors, quantise))
-    assert found.settings["tie_word_embeddings"]
-    kind = gguf.GGMLQuantizationType[quantise]
-    for name, info in found.tensors.items():
-        array = tensors[name]
-        if array.ndim > 1:  # whole rows are quantised, so their order does not matter
-            array = gguf.quants.dequantize(gguf.quants.quantize(array, kind), kind)
-        np.testing.assert_array_equal(info.view(), array)
-
-
 def test_tokenizer_is_the_files(tmp_path: Path) -> None:
     from tokenizers import Tokenizer
 
@@ -149,10 +144,10 @@ def test_each_way_to_split_words_is_a_tokenizer(tmp_path: Path, pre: str) -> Non
     from tokenizers import Tokenizer
 
     found = read_gguf(write(tmp_path / "model.gguf", weights(), pre=pre))
-    assert Tokenizer.from_str(found.tokenizer["tokenizer.json"]).encode("ab a").ids == [
-        3,
-        5,
-    ]
+    tokenizer = Tokenizer.from_str(found.tokenizer["tokenizer.json"])
+    assert tokenizer.encode("ab a", add_special_tokens=False).ids == [3, 5]
+    # Llama 3 begins a text with a token of its own.
+    assert tokenizer.encode("ab a").ids[:-2] == [1] * (pre == "llama-bpe")
 
 
 @pytest.mark.parametrize(
@@ -160,7 +155,27 @@ def test_each_way_to_split_words_is_a_tokenizer(tmp_path: Path, pre: str) -> Non
     [
         ({"arch": "gemma3"}, "general.architecture='gemma3' is not done here"),
         ({"pre": "tekken"}, "pre='tekken' is not done here"),
-        ({"llama__rope__scaling__type": "yarn"}, "scaling.type='yarn' is not done"),
+        (
+            {
+                "llama__rope__scaling__type": "longrope",
+                "llama__rope__scaling__factor": 4.0,
+            },
+            "scaling.type='longrope' is not done",
+        ),
+        (
+            {
+                "llama__rope__scaling__type": "yarn",
+                "llama__rope__scaling__factor": 4.0,
+                "llama__rope__scaling__yarn_log_multiplier": 0.1,
+            },
+            "'yarn' with yarn_log_multiplier is not done",
+        ),
+        (
+            {"llama__attention__sliding_window": 64},
+            "attention.sliding_window=64 is not",
+        ),
+        ({"llama__rope__dimension_count": 8}, "rope.dimension_count=8 is not done; 16"),
+        ({"tokenizer__ggml__padding_token_id": 99}, "its metadata is damaged"),
     ],
 )
 def test_what_is_not_done_is_named(
@@ -173,12 +188,14 @@ def test_what_is_not_done_is_named(
 def test_tensors_that_do_not_fit_are_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    odd = write(tmp_path / "odd.gguf", {**weights(), "rope_freqs.weight": matrix(H)})
+    odd = write(tmp_path / "odd.gguf", {**weights(), "rope_freqs.weight": matrix(8)})
+    more = write(tmp_path / "more.gguf", {**weights(), "blk.0.bias": matrix(H)})
     lacking = weights()
     del lacking["model.norm.weight"]
     few = write(tmp_path / "few.gguf", lacking)
     for source, message in (
-        (odd, "holds rope_freqs.weight"),
+        (odd, "rope_freqs.weight is not that of Llama 3.1"),
+        (more, "holds blk.0.bias"),
         (few, "lacks model.norm.weight"),
     ):
         assert cli.main(["import", str(source), "--to", str(tmp_path / "hf")]) == 2
@@ -186,7 +203,7 @@ def test_tensors_that_do_not_fit_are_named(
     assert not (tmp_path / "hf").exists()
 
 
-@pytest.mark.parametrize("size", [0, 3, 100, 20_000])
+@pytest.mark.parametrize("size", [0, 3, 100, 500, 900, 1500, 20_000, -100, -1])
 def test_truncated_file_is_one_line(tmp_path: Path, size: int) -> None:
     source = write(tmp_path / "model.gguf", weights())
     source.write_bytes(source.read_bytes()[:size])
@@ -207,3 +224,85 @@ def test_folder_is_copied_with_its_tokenizer(tmp_path: Path) -> None:
     for name in names:
         texts = [json.loads((tmp_path / x / name).read_text()) for x in ("hf", "again")]
         assert texts[0] == texts[1]
+
+
+def test_damaged_metadata_is_one_line_or_another_model(tmp_path: Path) -> None:
+    source = write(tmp_path / "model.gguf", weights())
+    whole, rng = source.read_bytes(), np.random.default_rng(0)
+    said: list[str] = []
+    for place in rng.integers(0, 3000, 300):
+        damaged = bytearray(whole)
+        damaged[place] ^= rng.integers(1, 256)
+        source.write_bytes(damaged)
+        try:
+            assert read_gguf(source).settings["model_type"] == "llama"
+        except ConfigError as error:
+            said.append(str(error))
+    assert len(said) > 30
+    assert not any("\n" in line for line in said)
+
+
+SCALED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "none": ({"type": "none", "factor": 4.0}, {}),
+    "linear": (
+        {"type": "linear", "factor": 4.0},
+        {"rope_type": "linear", "rope_factor": 4.0},
+    ),
+    "yarn": (
+        {"type": "yarn", "factor": 4.0, "original_context_length": 32, "finetuned": True},
+        {"rope_type": "yarn", "rope_factor": 4.0, "rope_original_len": 32,
+         "rope_attention_factor": 1 + 0.1 * np.log(4)},
+    ),
+    "yarn, all said": (
+        {"type": "yarn", "factor": 4.0, "original_context_length": 32, "attn_factor": 0.5,
+         "yarn_beta_fast": 16.0, "yarn_beta_slow": 2.0},
+        {"rope_attention_factor": 0.5 + 0.05 * np.log(4), "rope_high_turns": 16.0, "rope_low_turns": 2.0},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(SCALED))
+def test_rotary_scaling_is_read(tmp_path: Path, name: str) -> None:
+    said, fields = SCALED[name]
+    scaling = {f"llama__rope__scaling__{key}": value for key, value in said.items()}
+    found = read_gguf(write(tmp_path / "model.gguf", weights(), **scaling))
+    cfg = config_of(found.settings)
+    assert {f: getattr(cfg, f) for f in fields} == pytest.approx(fields)
+    assert (cfg.rope_type == "default") == (name == "none")
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0, 1.0])
+def test_llama_3_says_its_rotary_scaling_by_a_tensor(
+    tmp_path: Path, factor: float
+) -> None:
+    frequency = 5e4 ** -(np.arange(H // 2) / (H // 2))
+    # As the converter makes them.
+    turns = 8192 * frequency / (2 * np.pi)
+    ramp = 1 / ((1 - (turns - 1) / 3) / factor + (turns - 1) / 3)
+    divisors = np.where(turns > 4, 1.0, np.where(turns < 1, factor, ramp))
+    assert len(np.unique(divisors)) == (1 if factor == 1 else 3)
+    tensors = {**weights(), "rope_freqs.weight": divisors.astype(np.float32)}
+    source = write(tmp_path / "model.gguf", tensors)
+    assert cli.main(["import", str(source), "--to", str(tmp_path / "hf")]) == 0
+    cfg = read_config(tmp_path / "hf")
+    assert (cfg.rope_type, cfg.rope_factor) == (
+        ("llama3", factor) if factor > 1 else ("default", 1.0)
+    )
+
+
+def test_attention_biases_are_read_in_their_order(tmp_path: Path) -> None:
+    biases = {f"blk.{i}.attn_{x}.bias": matrix(n) for i in range(L)
+              for x, n in (("q", N * H), ("k", K * H), ("v", K * H), ("output", D))}  # fmt: skip
+    source = write(tmp_path / "model.gguf", {**weights(), **biases})
+    assert cli.main(["import", str(source), "--to", str(tmp_path / "hf")]) == 0
+    cfg = read_config(tmp_path / "hf")
+    assert cfg.qkv_bias
+    assert cfg.out_bias
+    there = read_folder(tmp_path / "hf")
+    ours = there["model.layers.1.self_attn.k_proj.bias"].view()
+    theirs = interleaved(ours[:, None], K)[:, 0]
+    np.testing.assert_array_equal(theirs, biases["blk.1.attn_k.bias"])
+    np.testing.assert_array_equal(
+        there["model.layers.1.self_attn.v_proj.bias"].view(),
+        biases["blk.1.attn_v.bias"],
+    )
