@@ -188,7 +188,7 @@ def import_params(
     there = exchange.read_config(settings)
     refuse_another_model(folder, there, model_config, any_head=fresh is not None)
     fresh = fresh if is_other_head(there, model_config) else None
-    tensors = named_tensors(folder, model_config)
+    tensors = named_tensors(folder, model_config, new_head=fresh is not None)
     parts = check_tensors(
         tensors,
         model_config,
@@ -445,8 +445,15 @@ def _theirs(
         yield name, TensorInfo(part.shape_there, dtype, make(members))
 
 
-def named_tensors(folder: Path, model_config: Any) -> dict[str, TensorInfo]:
+def named_tensors(
+    folder: Path, model_config: Any, *, new_head: bool = False
+) -> dict[str, TensorInfo]:
     """Returns a folder's tensors under the names that the model has for them, without what holds no parameter.
+
+    Args:
+        folder: of Hugging Face.
+        model_config: of the model.
+        new_head: its head is made anew; so what looks like a copy may be a head of the folder's model.
 
     Raises:
         ConfigError: see `jaxspeed.tensorfiles.read_folder`.
@@ -465,8 +472,9 @@ def named_tensors(folder: Path, model_config: Any) -> dict[str, TensorInfo]:
         tensors = {shorten.sub("", n): info for n, info in tensors.items()}
     elif first(tensors) is None:
         tensors = {here[0] + n: info for n, info in tensors.items()}
+    kept = wanted + [n for n in tensors if new_head and re.fullmatch(exchange.heads, n)]
     ignored = re.compile(exchange.ignored)
-    return {n: x for n, x in tensors.items() if n in wanted or not ignored.fullmatch(n)}
+    return {n: x for n, x in tensors.items() if n in kept or not ignored.fullmatch(n)}
 
 
 def refuse_another_model(
