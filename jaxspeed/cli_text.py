@@ -282,15 +282,26 @@ class _Shown:
         return self.show
 
     def show(self, text: "Text") -> None:
-        """Shows what is new; a character that is not whole yet waits."""
+        """Shows what is new and will stay."""
         if not self.on:
             return
         words = _trimmed(self.model, text, self.stop)
         if words.startswith(self.said):
-            whole = words if text.ended else words.rstrip("\ufffd")
+            whole = words if text.ended else self._settled(words)
             sys.stdout.write(whole[len(self.said) :])
             sys.stdout.flush()
             self.said = max(self.said, whole, key=len)
+
+    def _settled(self, words: str) -> str:
+        """Returns the words without what may yet become a character or a stop string."""
+        words = words.rstrip("\ufffd")
+        held = [
+            size
+            for stop in self.stop
+            for size in range(1, len(stop))
+            if words.endswith(stop[:size])
+        ]
+        return words[: len(words) - max(held, default=0)]
 
     def __exit__(self, *_: object) -> None:
         if self.on:
