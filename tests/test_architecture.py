@@ -330,12 +330,7 @@ def last_name(node: ast.AST) -> str:
     return node.attr.lstrip("_") if isinstance(node, ast.Attribute) else ""
 
 
-UNFINISHED = {"TaskConfig": pytest.mark.xfail(reason="tasks other than lm follow")}
-
-
-@pytest.mark.parametrize(
-    "kind", [pytest.param(k, marks=UNFINISHED.get(k, ())) for k in config_classes()]
-)
+@pytest.mark.parametrize("kind", config_classes())
 def test_every_config_field_is_read(kind: str) -> None:
     readers = [p for p in under("jaxspeed", "train.py") if p.name != "config.py"]
     read = {field for path in readers for k, field in fields_read(path) if k == kind}

@@ -149,6 +149,48 @@ class Pair(nnx.Module):
         return self.embed[...]
 
 
+@dataclass(frozen=True, kw_only=True)
+class WriterConfig:
+    """Sizes of a decoder that writes."""
+
+    vocab_size: int = 264
+    max_seq_len: int = 64
+    d_model: int = 16
+    dropout: float = 0.0
+
+    def build(self, rngs: nnx.Rngs) -> "Writes":
+        """Returns a new model."""
+        return Writes(self, rngs)
+
+
+class Writes(nnx.Module):
+    """A decoder of running sums."""
+
+    def __init__(self, cfg: WriterConfig, rngs: nnx.Rngs) -> None:
+        D, V = cfg.d_model, cfg.vocab_size
+        self.embed = param(NORMAL, rngs, (V, D), ("vocab", "embed"))
+        self.w = param(NORMAL, rngs, (D, D), ("embed", "mlp"))
+
+    def hidden(
+        self, inputs: Any, positions: Any = None, segment_ids: Any = None
+    ) -> jax.Array:
+        """Returns the last hidden states."""
+        x = ops.embed(self.embed[...], inputs)
+        if segment_ids is not None:
+            x = jnp.where(segment_ids[..., None] > 0, x, 0.0)
+        total = _running_sum(x)
+        if positions is not None and current().cache is None:
+            # Less the sum before the document.
+            before = jnp.arange(x.shape[1])[None] - positions - 1
+            start = jnp.take_along_axis(total, jnp.maximum(before, 0)[..., None], 1)
+            total = total - jnp.where(before[..., None] >= 0, start, 0.0)
+        return x + jnp.tanh(ops.linear(total, self.w[...]))
+
+    def output_embedding(self) -> jax.Array:
+        """Returns the input embedding."""
+        return self.embed[...]
+
+
 def _running_sum(x: jax.Array) -> jax.Array:
     """Returns the sum over the tokens so far, which is kept while the model writes."""
     cache = current().cache

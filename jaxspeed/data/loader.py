@@ -15,8 +15,8 @@ import atexit
 import os
 import weakref
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any
 
@@ -27,12 +27,28 @@ from jaxspeed.config import DataConfig, config_error
 from jaxspeed.data.buckets import BatchSpec, Buckets, Example, ExampleBatch
 from jaxspeed.data.corpus import Corpus
 from jaxspeed.data.documents import Source
-from jaxspeed.data.pack import PackedRows, RowSpec
+from jaxspeed.data.pack import PackedBatch, PackedRows, RowSpec
 from jaxspeed.data.tokenize import ByteTokenizer, Encoded, Tokenizer
 
 
 _MAX_READERS = 8
 _DOCUMENTS_AHEAD = 32
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How items become rows."""
+
+    encode: Callable[[Any], Encoded]
+    """From an item to its tokens."""
+    lead_id: int
+    """The token that begins and ends each."""
+    whole: bool = False
+    """Whether an item that fits into a row is not cut."""
+    finish: Callable[[PackedBatch], dict[str, np.ndarray]] = attrgetter("arrays")
+    """From a batch of packed rows to its arrays."""
+    identity: Mapping[str, Any] = field(default_factory=dict)
+    """What the rows depend on beside text, tokenizer and seed, by setting."""
 
 
 def train_iterator(
@@ -45,6 +61,7 @@ def train_iterator(
     seed: int,
     process_index: int = 0,
     process_count: int = 1,
+    packing: Packing | None = None,
 ) -> grain.DatasetIterator:
     """Returns the endless iterator of training batches.
 
@@ -62,20 +79,24 @@ def train_iterator(
         seed: of the shuffles.
         process_index: this process.
         process_count: processes in the run.
+        packing: how items become rows, where they are not texts that follow each other.
 
     Raises:
         ConfigError: the batch does not divide over the processes.
     """
+    packing = packing or Packing(
+        lambda text: Encoded(tokenizer.encode(text)), tokenizer.end_id
+    )
+    identity = identity_of(cfg, corpus.train, tokenizer, seed)
     rows = PackedRows(
-        _encoded(_ordered(cfg, corpus.train, seed), tokenizer, count_bytes=False),
+        _read(_ordered(cfg, corpus.train, seed).map(packing.encode), tokenizer),
         _row_spec(
-            cfg, tokenizer, seq_len, global_batch_size, process_index, process_count
+            cfg, packing, seq_len, global_batch_size, process_index, process_count
         ),
-        identity=identity_of(cfg, corpus.train, tokenizer, seed),
+        identity=identity | dict(packing.identity),
         patience=10 * sum(len(source) for source in corpus.train),
     )
-    batches = rows.map(attrgetter("arrays"))
-    return _prefetched(batches, cfg.prefetch)
+    return _prefetched(rows.map(packing.finish), cfg.prefetch)
 
 
 def example_iterator(
@@ -160,15 +181,20 @@ class EvalSet:
     """At most so many; 0 is all held-out text."""
     process_index: int = 0
     process_count: int = 1
+    packing: Packing | None = None
+    """How items become rows, where they are not texts that follow each other."""
 
     def __iter__(self) -> Iterator[tuple[dict[str, np.ndarray], int]]:
+        packing = self.packing or Packing(
+            self.tokenizer.encode_with_bytes, self.tokenizer.end_id
+        )
         documents = grain.MapDataset.concatenate(_datasets(self.corpus.held_out))
         # A few batches should stand for all of the text: a fixed shuffle.
         rows = PackedRows(
-            _encoded(documents.shuffle(seed=0), self.tokenizer, count_bytes=True),
+            _read(documents.shuffle(seed=0).map(packing.encode), self.tokenizer),
             _row_spec(
                 self.cfg,
-                self.tokenizer,
+                packing,
                 self.seq_len,
                 self.global_batch_size,
                 self.process_index,
@@ -180,7 +206,7 @@ class EvalSet:
         iterator = _prefetched(rows, self.cfg.prefetch)
         try:
             for number, batch in enumerate(iterator, 1):
-                yield batch.arrays, batch.num_bytes
+                yield packing.finish(batch), batch.num_bytes
                 if number == self.batches:
                     return
         finally:
@@ -213,17 +239,6 @@ def _ordered(
     return grain.MapDataset.mix(parts, draws)
 
 
-def _encoded(
-    documents: grain.MapDataset, tokenizer: Tokenizer, *, count_bytes: bool
-) -> grain.IterDataset:
-    def encode(text: str) -> Encoded:
-        return Encoded(tokenizer.encode(text))
-
-    return _read(
-        documents.map(tokenizer.encode_with_bytes if count_bytes else encode), tokenizer
-    )
-
-
 def _read(items: grain.MapDataset, tokenizer: Tokenizer) -> grain.IterDataset:
     # Bytes cost nothing to make. A real tokenizer releases the interpreter lock, so some
     # threads of it run at a time; the order does not depend on them.
@@ -238,7 +253,7 @@ def _read(items: grain.MapDataset, tokenizer: Tokenizer) -> grain.IterDataset:
 
 def _row_spec(
     cfg: DataConfig,
-    tokenizer: Tokenizer,
+    packing: Packing,
     seq_len: int,
     global_batch_size: int,
     process_index: int,
@@ -250,8 +265,9 @@ def _row_spec(
         global_batch_size=global_batch_size,
         first_row=first_row,
         num_rows=num_rows,
-        end_id=tokenizer.end_id,
+        end_id=packing.lead_id,
         document_mask=cfg.document_mask,
+        whole=packing.whole,
     )
 
 

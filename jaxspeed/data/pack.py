@@ -8,7 +8,8 @@ Each document is led in by the end token and ends with it as a target, so the st
 
 has every token, and the end of every document, as a target once, and no target from
 another document. The stream is cut into rows of `seq_len`; a document that is cut goes
-on in the next row as a segment of its own, so no token is lost or seen twice. The one
+on in the next row as a segment of its own, so no token is lost or seen twice. Or whole
+documents only are put into rows, and what is left of a row is padding. The one
 decision: every process packs the whole global batch and keeps its rows, so the position
 in the data is two integers, the same for all processes, batch sizes and meshes.
 """
@@ -31,6 +32,8 @@ class PackedBatch(NamedTuple):
     """`inputs`, `targets`, `positions`, `segment_ids` (int32) and `mask` (bool)."""
     num_bytes: int
     """UTF-8 bytes of the targets of the whole global batch, if they were counted."""
+    place: tuple[int, int]
+    """Document, and token in it, that the global batch begins with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +48,8 @@ class RowSpec:
     end_id: int
     document_mask: bool
     """Whether each document in a row is a segment of its own."""
+    whole: bool = False
+    """Whether a document that fits into a row is not cut."""
 
 
 class PackedRows(grain.IterDataset):
@@ -100,24 +105,36 @@ class PackIterator(grain.DatasetIterator):
         size = spec.global_batch_size * spec.seq_len
         # One slot more than inputs: the target of the last.
         stream = np.full(size + 1, spec.end_id, np.int32)
+        counted, real = np.ones(size, bool), np.zeros(size, bool)
         starts: list[int] = []
         filled = num_bytes = 0
+        place = (self._document, self._offset)
         while filled < size and (document := self._fetch()) is not None:
-            at = self._offset
+            at, slots = self._offset, len(document.ids) + 1
+            left = -filled % spec.seq_len
+            if spec.whole and at == 0 and left < slots <= spec.seq_len:
+                filled += left
+                if filled == size:
+                    break
             if at == 0:
                 starts.append(filled)
-            end = min(at + size - filled, len(document.ids) + 1)
+            end = min(at + size - filled, slots)
             # Slot k holds token k - 1, and slot 0 the end token that is there already.
             tokens = document.ids[max(at - 1, 0) : end]
             begin = filled + (at == 0)
             stream[begin : begin + len(tokens)] = tokens
             if document.num_bytes is not None:
                 num_bytes += int(document.num_bytes[at:end].sum())
-            filled += end - at
-            self._advance(end, len(document.ids) + 1)
+            part = slice(filled, filled + end - at)
+            real[part] = True
+            if document.counts is not None:
+                counted[part] = document.counts[at:end]
+            filled = part.stop
+            self._advance(end, slots)
         if not filled:
             raise StopIteration
-        return PackedBatch(layout(stream, starts, filled, spec), num_bytes)
+        arrays = layout(stream, starts, real, counted, spec)
+        return PackedBatch(arrays, num_bytes, place)
 
     def get_state(self) -> dict[str, Any]:
         """Returns the position of the next token, as plain JSON values."""
@@ -175,20 +192,25 @@ def check_identity(saved: dict[str, Any], now: dict[str, Any]) -> None:
 
 
 def layout(
-    stream: Int32[np.ndarray, " N"], starts: list[int], filled: int, spec: RowSpec
+    stream: Int32[np.ndarray, " S"],
+    starts: list[int],
+    real: Bool[np.ndarray, " N"],
+    counted: Bool[np.ndarray, " N"],
+    spec: RowSpec,
 ) -> dict[str, np.ndarray]:
     """Cuts a stream of tokens into this process's rows.
 
     Args:
         stream: the inputs of a global batch and the target of the last.
         starts: where documents begin.
-        filled: slots from here on are padding.
+        real: slots that are not padding.
+        counted: slots whose target counts, of the real ones.
         spec: the shape of a batch.
     """
     shape = (spec.num_rows, spec.seq_len)
     low = spec.first_row * spec.seq_len
     high = low + spec.num_rows * spec.seq_len
-    mask = np.arange(low, high).reshape(shape) < filled
+    mask = real[low:high].reshape(shape)
     begins = np.zeros(shape, bool)
     begins[:, 0] = True
     if spec.document_mask:
@@ -200,7 +222,7 @@ def layout(
         "targets": stream[low + 1 : high + 1].reshape(shape).copy(),
         "positions": positions * mask,
         "segment_ids": segments * mask,
-        "mask": mask,
+        "mask": mask & counted[low:high].reshape(shape),
     }
 
 

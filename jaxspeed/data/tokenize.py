@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Bool, Int32
 from numpy.typing import ArrayLike
 
 from jaxspeed.config import ConfigError, config_error
@@ -38,6 +38,8 @@ class Encoded(NamedTuple):
     ids: Int32[np.ndarray, " T"]
     num_bytes: Int32[np.ndarray, " T+1"] | None = None
     """Bytes that each token stands for; the last entry is the end token's."""
+    counts: Bool[np.ndarray, " T+1"] | None = None
+    """Which tokens count in the loss, the last entry is the end token's; None: all."""
 
 
 class Pieces(NamedTuple):

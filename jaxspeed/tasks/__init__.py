@@ -13,8 +13,10 @@ from jaxspeed.config import RunConfig
 from jaxspeed.program import Program
 from jaxspeed.tasks.answers import QuestionAnswering
 from jaxspeed.tasks.base import Evaluation, Task
+from jaxspeed.tasks.denoising import Denoising, HiddenSpans, MaskedTokens
 from jaxspeed.tasks.labels import Classification, TokenClassification
 from jaxspeed.tasks.language import LanguageModel
+from jaxspeed.tasks.prompted import PromptAndAnswer
 from jaxspeed.tasks.records import RecordTask
 from jaxspeed.tasks.written import ImageQuestions, SequenceToSequence, Speech
 
@@ -23,6 +25,9 @@ __all__ = ["TASKS", "Evaluation", "Task", "open_task"]
 
 TASKS: Mapping[str, Callable[[RunConfig, Program], Task]] = {
     "lm": LanguageModel,
+    "masked_lm": functools.partial(Denoising, make_noise=MaskedTokens),
+    "span_corruption": functools.partial(Denoising, make_noise=HiddenSpans),
+    "sft": PromptAndAnswer,
     **{
         name: functools.partial(RecordTask, make_kind=kind)
         for name, kind in (

@@ -3,6 +3,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import grain
 import jax
@@ -35,7 +36,7 @@ class LanguageModel:
         index, count = program.process_rows
         self.run, self.corpus = run, open_corpus(run.data)
         self.batch_amount = program.batch.global_size * run.seq_len
-        self._shape = {
+        self._shape: dict[str, Any] = {
             "seq_len": run.seq_len,
             "global_batch_size": program.batch.global_size,
             "process_index": index,

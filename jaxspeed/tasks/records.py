@@ -10,7 +10,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import grain
 import jax
@@ -29,6 +29,8 @@ from jaxspeed.step import PredictFn
 from jaxspeed.tasks.base import Evaluation
 from jaxspeed.types import Params, PyTree, Sums
 
+
+X = TypeVar("X")
 
 SAMPLES = 3
 """Held-out records that are shown with what the model says of them."""
@@ -125,15 +127,39 @@ class Examples:
         """
         return self._of(record, self._kind.encode)
 
-    def _of(self, record: int, ask: Callable[[Record], Any]) -> Any:
-        try:
-            return ask(self._source[record])
-        except BadRecordError as err:
-            why = f"record {record} {err.why}"
-            raise config_error(self._field, self.name, why, err.change) from err
+    def _of(self, record: int, ask: Callable[[Record], X]) -> X:
+        return _asked_of(self._field, self._source, record, ask)
 
 
-class _Texts:
+class Encodings(Generic[X]):
+    """What is made of each of a source's records, when asked for."""
+
+    def __init__(
+        self, field: str, source: RecordSource, encode: Callable[[Record], X]
+    ) -> None:
+        self.name, self.fingerprint = source.name, source.fingerprint
+        self.num_bytes = source.num_bytes
+        self._field, self._source, self._encode = field, source, encode
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> X:
+        return _asked_of(self._field, self._source, index, self._encode)
+
+
+def _asked_of(
+    field: str, source: RecordSource, record: int, ask: Callable[[Record], X]
+) -> X:
+    """Returns what is made of a record; an error names the record."""
+    try:
+        return ask(source[record])
+    except BadRecordError as err:
+        why = f"record {record} {err.why}"
+        raise config_error(field, source.name, why, err.change) from err
+
+
+class Texts:
     """The strings of a source's records, to train a vocabulary on."""
 
     def __init__(self, source: RecordSource) -> None:
@@ -188,7 +214,7 @@ class RecordTask:
         """Reads or trains the tokenizer, and looks at some records."""
         self.tokenizer = build_tokenizer(
             self.run.data,
-            [_Texts(source) for source in self.corpus.train],
+            [Texts(source) for source in self.corpus.train],
             vocab_size=self.run.model.vocab_size,
             workdir=workdir,
             init=self.run.init,
@@ -283,8 +309,7 @@ class RecordTask:
         cut: dict[str, int] = {}
         lengths, looked = [0] * len(self._spec.shapes), 0
         for examples, source in zip(self._examples, self.corpus.train, strict=True):
-            number = min(len(source), -(-_LOOKED_AT // len(self._examples)))
-            for record in np.linspace(0, len(source) - 1, number, dtype=int).tolist():
+            for record in looked_at(source):
                 for item in examples.items(record):
                     lengths[
                         bucket_of(Example((0, 0), item.arrays), self._spec.shapes)
@@ -304,6 +329,12 @@ class RecordTask:
             )
             said.append(f"rows are padded: {shares} tokens")
         return said
+
+
+def looked_at(source: RecordSource) -> list[int]:
+    """Returns some records, spread over a source, to be looked at before training."""
+    number = min(len(source), _LOOKED_AT)
+    return np.linspace(0, len(source) - 1, number, dtype=int).tolist()
 
 
 def predicted(program: Program, params: Params, predict: PredictFn) -> Inference:

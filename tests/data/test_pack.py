@@ -211,3 +211,48 @@ def test_documents_without_end_or_token_are_given_up() -> None:
     iterator = iter(PackedRows(stream, spec(1, 2), identity={}, patience=5))
     with pytest.raises(ConfigError, match="no token in 6 documents in a row"):
         next(iterator)
+
+
+# Whole documents ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_document_that_fits_into_a_row_is_not_cut(seed: int) -> None:
+    documents, shape = draw(seed)
+    shape = dataclasses.replace(shape, seq_len=14, whole=True)
+    rows = arrays(list(pack(documents, shape)))
+    found = []
+    for inputs, segments in zip(rows["inputs"], rows["segment_ids"], strict=True):
+        assert (np.diff(segments[segments > 0]) >= 0).all()
+        for number in range(1, segments.max() + 1):
+            found.append(inputs[segments == number].tolist())
+    assert all([END, *d] in found for d in documents if 0 < len(d) <= 13)
+    together = [token for part in found for token in part if token != END]
+    assert together == [token for d in documents for token in d]
+    assert (rows["mask"] == (rows["segment_ids"] > 0)).all()
+
+
+@pytest.mark.parametrize("taken", [1, 2, 5])
+def test_position_of_whole_documents_is_restored(taken: int) -> None:
+    documents, shape = draw(3)
+    shape = dataclasses.replace(shape, seq_len=14, whole=True)
+    saved, restored = pack([*documents] * 3, shape), pack([*documents] * 3, shape)
+    for _ in range(taken):
+        next(saved)
+    restored.set_state(saved.get_state())
+    for ours, theirs in zip(saved, restored, strict=True):
+        for name, x in ours.arrays.items():
+            np.testing.assert_array_equal(x, theirs.arrays[name])
+
+
+def test_only_what_counts_is_in_the_mask() -> None:
+    def counting(ids: list[int]) -> Encoded:
+        counts = np.arange(len(ids) + 1) >= 2
+        return Encoded(np.array(ids, np.int32), counts=counts)
+
+    stream = grain.MapDataset.source([[1, 2, 3], [4, 5]]).map(counting)
+    shape = spec(1, 10)
+    (batch,) = PackedRows(stream.to_iter_dataset(), shape, identity={}, patience=9)
+    targets, mask = batch.arrays["targets"][0], batch.arrays["mask"][0]
+    assert targets[mask].tolist() == [3, END, END]
+    assert batch.arrays["segment_ids"][0].tolist() == [1, 1, 1, 1, 2, 2, 2, 0, 0, 0]
