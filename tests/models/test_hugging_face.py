@@ -200,6 +200,7 @@ TASKS = {
         "AutoModelForQuestionAnswering",
         lambda rng: {
             **row(rng),
+            "inputs": ids(rng),
             "segment_ids": np.ones((B, T), np.int32),
             "starts": np.array([2, 5], np.int32),
             "ends": np.array([4, 11], np.int32),
