@@ -110,11 +110,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_data_command(commands)
     _add_model_commands(commands)
     add_text_commands(commands)
-    args = parser.parse_args(argv)
+    args, args.flags = parser.parse_known_args(argv)
+    if args.flags and args.command != "evaluate":
+        parser.error(f"unrecognized arguments: {' '.join(args.flags)}")
     actions: dict[str, Callable[[argparse.Namespace], int]] = {
         "config": _explain,
         "data": _data,
         "doctor": _doctor,
+        "evaluate": _evaluate,
         "report": _report,
         "export": _export,
         "import": _import,
@@ -155,6 +158,20 @@ def _add_model_commands(commands: Any) -> None:
         help="for example: jaxspeed import model.gguf --to imported/model; or a Hugging Face folder",
     )
     importing.add_argument("--to", metavar="DIR", required=True)
+    evaluate = commands.add_parser(
+        "evaluate", help="what a model makes of the held-out data of its task"
+    )
+    evaluate.add_argument(
+        "model",
+        help="for example: jaxspeed evaluate runs/bert_imdb --eval.batches 0; or a Hugging Face folder",
+    )
+    evaluate.add_argument(
+        "--recipe", help="task and data; of a run, its own by default"
+    )
+    evaluate.add_argument("--json", action="store_true", help="the metrics by name")
+    evaluate.add_argument(
+        "--models", default="models", help="package of the model families"
+    )
     for command in (export, importing):
         command.add_argument("--dtype", default="float32", help=DTYPE_HELP)
         command.add_argument(
@@ -334,6 +351,34 @@ def _import(args: argparse.Namespace) -> int:
     from jaxspeed.pretrained import import_model
 
     return _written(import_model(args.source, args.to, **_how_to_write(args)))
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    _prepare(args)
+    from jaxspeed import launch
+    from jaxspeed.hf import is_hugging_face
+    from jaxspeed.pretrained import run_config
+
+    if args.recipe is None and is_hugging_face(args.model):
+        why, change = "a folder does not say what to evaluate on", "give --recipe FILE"
+        raise config_error("model", args.model, why, change)
+    run = (
+        load_recipe(args.recipe)
+        if args.recipe
+        else run_config(args.model, models=args.models)
+    )
+    run = override(run, args.flags, prog=f"jaxspeed evaluate {args.model}")
+    launch.start(run)
+    from jaxspeed.tasks import evaluate_at
+
+    with contextlib.nullcontext() if args.json else _shown_log():
+        evaluation = evaluate_at(args.model, run)
+    if args.json:
+        sys.stdout.write(json.dumps(dict(evaluation.metrics)) + "\n")
+    else:
+        samples = f"\n{evaluation.samples}\n" if evaluation.samples else ""
+        sys.stdout.write(f"{evaluation.summary}\n{samples}")
+    return 0
 
 
 def _how_to_write(args: argparse.Namespace) -> dict[str, Any]:

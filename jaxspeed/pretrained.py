@@ -126,6 +126,34 @@ def model_config(path: str | Path, *, models: str = "models") -> Any:
         raise ConfigError(f"{where}: the model cannot be made ({error})") from None
 
 
+def run_config(path: str | Path, *, models: str = "models") -> RunConfig:
+    """Returns the configuration that a run was trained with.
+
+    Raises:
+        ConfigError: there is no run, or it cannot be made again here.
+    """
+    settings, where = read_settings(path), Path(path) / "config.json"
+    given: dict[str, Any] = {"model": model_config(path, models=models)}
+    try:
+        for f in dataclasses.fields(RunConfig):
+            if f.name in settings and f.name != "model":
+                given[f.name] = _of_type(f.type, settings[f.name])
+        return RunConfig(**given)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{where}: it is of another version ({error}); give --recipe"
+        ) from None
+
+
+def _of_type(annotation: Any, value: Any) -> Any:
+    """Returns a value of config.json as the configuration has it."""
+    if dataclasses.is_dataclass(annotation):
+        kinds = {f.name: f.type for f in dataclasses.fields(annotation)}
+        made: Any = annotation
+        return made(**{name: _of_type(kinds.get(name), x) for name, x in value.items()})
+    return tuple(value) if isinstance(value, list) else value
+
+
 def read_params(
     path: str | Path, cfg: Any, abstract_params: Params, *, fresh: Params | None = None
 ) -> Params:

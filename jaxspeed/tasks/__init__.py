@@ -6,11 +6,14 @@ and says what a model makes of held-out data; it trains nothing itself. The loss
 that it reads, are in `jaxspeed.objectives`, where the compiled step finds them.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 from jaxspeed.config import RunConfig
-from jaxspeed.program import Program
+from jaxspeed.pretrained import model_config, read_params
+from jaxspeed.program import Program, build_program
 from jaxspeed.tasks.answers import QuestionAnswering
 from jaxspeed.tasks.base import Evaluation, Task
 from jaxspeed.tasks.denoising import Denoising, HiddenSpans, MaskedTokens
@@ -21,7 +24,7 @@ from jaxspeed.tasks.records import RecordTask
 from jaxspeed.tasks.written import ImageQuestions, SequenceToSequence, Speech
 
 
-__all__ = ["TASKS", "Evaluation", "Task", "open_task"]
+__all__ = ["TASKS", "Evaluation", "Task", "evaluate_at", "open_task"]
 
 TASKS: Mapping[str, Callable[[RunConfig, Program], Task]] = {
     "lm": LanguageModel,
@@ -41,6 +44,28 @@ TASKS: Mapping[str, Callable[[RunConfig, Program], Task]] = {
     },
 }
 """By the names of `TaskConfig.name`."""
+
+
+def evaluate_at(path: str | Path, run: RunConfig) -> Evaluation:
+    """Returns what the model that lies there makes of a run's held-out data.
+
+    Args:
+        path: a run directory or a Hugging Face folder, whose model and tokenizer are taken.
+        run: says the task, its data and the devices.
+
+    Raises:
+        ConfigError: there is no such model, or it is not one for this task.
+    """
+    model = model_config(path, models=type(run.model).__module__.partition(".")[0])
+    own = dataclasses.replace(run.data, tokenizer="auto")
+    run = dataclasses.replace(run, model=model, data=own, init=str(path))
+    program = build_program(run)
+    params = read_params(path, model, program.abstract_state["params"])
+    task = open_task(run, program)
+    task.prepare(Path(path).expanduser())
+    evaluation = task.evaluate(program, params, step=0)
+    assert evaluation is not None
+    return evaluation
 
 
 def open_task(run: RunConfig, program: Program) -> Task:
