@@ -301,6 +301,12 @@ def restore_params(path: str | Path, abstract_params: PyTree) -> PyTree:
     return _read_arrays(path / "params", abstract_params)
 
 
+def names_in(path: Path) -> set[str]:
+    """Returns the dotted paths of the parameters in the checkpoint of one step."""
+    names = (name.split("/") for name in _read_meta(path)["leaves"])
+    return {".".join(keys) for group, *keys in names if group == "params"}
+
+
 # What there is on disk.
 
 
@@ -532,8 +538,8 @@ def _group(leaf: str) -> str:
 
 _ALONE = "or take the parameters alone with --init {path}"
 _OTHER = {
-    "params": ("holds another model", "set model as it was"),
-    "opt": ("is of another optimizer", f"set optim and freeze as they were, {_ALONE}"),
+    "params": ("holds another model", "set model, freeze and lora as they were"),
+    "opt": ("is of another optimizer", f"set optim as it was, {_ALONE}"),
     "loss_scale": ("is of another dtype.compute", f"set dtype as it was, {_ALONE}"),
     "": ("holds another train state", f"use the code that saved it, {_ALONE}"),
 }

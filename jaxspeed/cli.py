@@ -144,12 +144,13 @@ def _add_data_command(commands: Any) -> None:
 
 def _add_model_commands(commands: Any) -> None:
     export = commands.add_parser(
-        "export", help="write a run's newest parameters as a Hugging Face folder"
+        "export",
+        help="write a run's newest parameters as a Hugging Face folder, or its adapters as PEFT's",
     )
     export.add_argument(
         "run", help="for example: jaxspeed export runs/tiny --to hf exported/tiny"
     )
-    export.add_argument("--to", nargs=2, metavar=("hf", "DIR"), required=True)
+    export.add_argument("--to", nargs=2, metavar=("hf|peft", "DIR"), required=True)
     importing = commands.add_parser(
         "import", help="write a GGUF file as a Hugging Face folder, checked"
     )
@@ -338,12 +339,17 @@ def _report(args: argparse.Namespace) -> int:
 
 def _export(args: argparse.Namespace) -> int:
     kind, folder = args.to
-    if kind != "hf":
-        raise config_error("to", kind, "no such format", "give --to hf DIR")
+    if kind not in ("hf", "peft"):
+        change = "give --to hf DIR, or --to peft DIR for the adapters alone"
+        raise config_error("to", kind, "no such format", change)
     _prepare(args)
-    from jaxspeed.pretrained import export_run
+    from jaxspeed.pretrained import export_adapters, export_run
 
-    return _written(export_run(args.run, folder, **_how_to_write(args)))
+    how = _how_to_write(args)
+    if kind == "peft":
+        del how["shard_bytes"]
+        return _written(export_adapters(args.run, folder, **how))
+    return _written(export_run(args.run, folder, **how))
 
 
 def _import(args: argparse.Namespace) -> int:

@@ -600,6 +600,8 @@ class LoraConfig:
     """Patterns over parameter paths; of what they match, each matrix gets an adapter (embeddings, biases and norms are none)."""
     trained: tuple[str, ...] = ()
     """Patterns of parameters to train whole beside the adapters, a new head for instance. PEFT: modules_to_save."""
+    init: str = ""
+    """Start from the adapters in this folder, in PEFT's format; empty: A is drawn, B is 0."""
 
     def __post_init__(self) -> None:
         check_types(self, "lora")

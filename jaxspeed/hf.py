@@ -203,7 +203,7 @@ def import_params(
         part = parts.get(_dotted(path))
         if part is None:
             return new[_dotted(path)]
-        read: Any = functools.partial(_read_shard, part, tensors, leaf)
+        read: Any = functools.partial(read_shard, part, tensors, leaf)
         return jax.make_array_from_callback(leaf.shape, leaf.sharding, read)
 
     return jax.tree_util.tree_unflatten(tree, [take(*each) for each in leaves])
@@ -216,7 +216,7 @@ def check_tensors(
     *,
     source: str,
     new_head: bool = False,
-) -> dict[str, "_Part"]:
+) -> dict[str, "Part"]:
     """Raises unless these are the tensors of this model; returns how each parameter is part of them.
 
     Tensors of heads that the model has not are passed over, which the log says.
@@ -235,7 +235,7 @@ def check_tensors(
     exchange = exchange_of(model_config)
     heads = f"(?:{exchange.heads})|(?:{exchange.pooling})"
     of_head = lambda name: re.fullmatch(heads, name) is not None
-    parts = _parts(exchange.rows(model_config), shapes)
+    parts = parts_of(exchange.rows(model_config), shapes)
     wanted = {name for part in parts.values() for name in part.names}
     new = wanted - set(tensors)
     if new_head:
@@ -293,10 +293,10 @@ def export_params(
     """
     exchange = exchange_of(model_config)
     arrays = {_dotted(path): leaf for path, leaf in _leaves_of(params)}
-    parts = _parts(exchange.rows(model_config), arrays)
+    parts = parts_of(exchange.rows(model_config), arrays)
     return write_model(
         folder,
-        _theirs(parts, arrays),
+        tensors_of(parts, arrays),
         {**(settings or {}), **exchange.write_config(model_config)},
         model_config,
         dtype=dtype,
@@ -317,13 +317,9 @@ def write_model(
 ) -> list[Path]:
     """Writes tensors under Hugging Face's names, and their config.json, as a folder; see `export_params`."""
     dtype = np.dtype(dtype)
-    architecture = exchange_of(model_config).architectures[settings["model_type"]]
-    if not isinstance(architecture, str):
-        head = model_config.head
-        architecture = next(name for name, h in architecture if h == head)
     settings = {
         **settings,
-        "architectures": [architecture],
+        "architectures": [architecture_of(settings["model_type"], model_config)],
         "torch_dtype": dtype.name,
     }
     config = json.dumps(settings, indent=2) + "\n"
@@ -335,7 +331,15 @@ def write_model(
     )
 
 
-class _Part(NamedTuple):
+def architecture_of(model_type: str, model_config: Any) -> str:
+    """Returns what Hugging Face calls the class of a model of this type."""
+    architecture = exchange_of(model_config).architectures[model_type]
+    if isinstance(architecture, str):
+        return architecture
+    return next(name for name, head in architecture if head == model_config.head)
+
+
+class Part(NamedTuple):
     """One of our parameters, as a part of each of its tensors over there."""
 
     path: str
@@ -351,6 +355,7 @@ class _Part(NamedTuple):
 
     @property
     def shape_there(self) -> tuple[int, ...]:
+        """Of each of its tensors over there."""
         return tuple(map(math.prod, self.groups))
 
     def ours(self, theirs: np.ndarray) -> np.ndarray:
@@ -366,9 +371,9 @@ class _Part(NamedTuple):
         return whole.transpose(back).reshape(self.shape_there)
 
 
-def _parts(rows: Sequence[Row], shapes: Mapping[str, Any]) -> dict[str, _Part]:
-    """Returns a `_Part` per parameter; the table must name each just once."""
-    parts: dict[str, _Part] = {}
+def parts_of(rows: Sequence[Row], shapes: Mapping[str, Any]) -> dict[str, Part]:
+    """Returns a `Part` per parameter; the table must name each just once, and no other."""
+    parts: dict[str, Part] = {}
     for row in rows:
         for number, path in enumerate(row.paths):
             assert path in shapes, f"the table names {path}, which the model lacks"
@@ -378,7 +383,7 @@ def _parts(rows: Sequence[Row], shapes: Mapping[str, Any]) -> dict[str, _Part]:
     return parts
 
 
-def _part(row: Row, number: int, path: str, shape: tuple[int, ...]) -> _Part:
+def _part(row: Row, number: int, path: str, shape: tuple[int, ...]) -> Part:
     stacked = "{layer}" in row.theirs
     one = shape[1:] if stacked else shape
     several = len(row.paths) > 1
@@ -391,7 +396,7 @@ def _part(row: Row, number: int, path: str, shape: tuple[int, ...]) -> _Part:
     sizes = dict(zip(names, (len(row.paths), *one) if several else one, strict=True))
     apart = [name for group in groups for name in group]
     assert sorted(apart) == sorted(names), row
-    return _Part(
+    return Part(
         path,
         tuple(row.theirs.format(layer=i) for i in range(shape[0]))
         if stacked
@@ -403,12 +408,13 @@ def _part(row: Row, number: int, path: str, shape: tuple[int, ...]) -> _Part:
     )
 
 
-def _read_shard(
-    part: _Part,
+def read_shard(
+    part: Part,
     tensors: Mapping[str, TensorInfo],
     leaf: jax.ShapeDtypeStruct,
     index: tuple[slice, ...],
 ) -> np.ndarray:
+    """Returns the shard of a parameter that an index of the whole names, out of its tensors."""
     if not part.stacked:
         whole = part.ours(tensors[part.names[0]].view())
         return np.ascontiguousarray(whole[index], leaf.dtype)
@@ -420,16 +426,16 @@ def _read_shard(
     return shard
 
 
-def _theirs(
-    parts: Mapping[str, _Part], arrays: Mapping[str, Any]
+def tensors_of(
+    parts: Mapping[str, Part], arrays: Mapping[str, Any]
 ) -> Iterator[tuple[str, TensorInfo]]:
     """Yields the tensors over there, in the order of the table, layer by layer."""
-    of: dict[str, list[tuple[_Part, int]]] = {}
+    of: dict[str, list[tuple[Part, int]]] = {}
     for part in parts.values():
         for layer, name in enumerate(part.names):
             of.setdefault(name, []).append((part, layer))
 
-    def make(members: list[tuple[_Part, int]]) -> Callable[[], np.ndarray]:
+    def make(members: list[tuple[Part, int]]) -> Callable[[], np.ndarray]:
         def view() -> np.ndarray:
             ours = [
                 np.asarray(arrays[p.path][layer] if p.stacked else arrays[p.path])

@@ -32,16 +32,20 @@ from jaxspeed.checkpoint import Checkpointer
 from jaxspeed.config import ConfigError, RunConfig, config_error, diff, to_dict
 from jaxspeed.deepspeed_json import Answer, answers_table
 from jaxspeed.engine import first_nonfinite
+from jaxspeed.frozen import restore_frozen, save_frozen
 from jaxspeed.ledger import Ledger, read_ledger
+from jaxspeed.lora import without
 from jaxspeed.metrics import MetricsWriter
-from jaxspeed.pretrained import read_params
+from jaxspeed.paths import paths_of, with_part
+from jaxspeed.peft import read_adapters
+from jaxspeed.pretrained import read_params, refuse_frozen_head
 from jaxspeed.program import Program, State, build_program, notices
 from jaxspeed.progress import Progress, format_count
 from jaxspeed.report import add_sample, format_bytes, report_from_run, save_run
 from jaxspeed.sharding import part_of
 from jaxspeed.state import bytes_per_device
 from jaxspeed.tasks import Evaluation, open_task
-from jaxspeed.types import PyTree, TrainingError
+from jaxspeed.types import Params, PyTree, TrainingError
 
 
 logger = logging.getLogger(__name__)
@@ -162,20 +166,51 @@ class _Run:
         abstract = self.program.abstract_state
         if start:
             self.progress.phase("reading the checkpoint")
-            state, meta = self.checkpoints.restore(start, abstract, iterator=self.data)
+            state, meta = self.checkpoints.restore(
+                start, self._without_frozen(abstract), iterator=self.data
+            )
+            if frozen := self._frozen(abstract):
+                whole = with_part(state["params"], restore_frozen(self.workdir, frozen))
+                state["params"] = whole
             self.saved, self.skipped = start, int(state["skipped"])
             self.seen, self.evaluated = meta["tokens"], meta["evaluated"]
             return state
         self.progress.phase("initialising")
-        state = self.program.init_state()
-        if self.run.init:
-            state["params"] = read_params(
-                self.run.init,
-                self.run.model,
-                abstract["params"],
-                fresh=state["params"],
+        state, run = self.program.init_state(), self.run
+        if run.init:
+            refuse_frozen_head(run.init, run.model, paths_of(self._frozen(abstract)))
+            state["params"] |= read_params(
+                run.init,
+                run.model,
+                without(abstract["params"]),
+                fresh=without(state["params"]),
             )
+        if run.lora.init:
+            trained = part_of(
+                without(abstract["params"]), without(self.program.spec.placements)
+            )
+            adapters = read_adapters(
+                run.lora.init,
+                run.model,
+                run.lora,
+                set(paths_of(trained)),
+                abstract["params"],
+            )
+            state["params"] = with_part(state["params"], adapters)
+        if frozen := self._frozen(state):
+            self.progress.phase("saving what is frozen")
+            save_frozen(self.workdir, frozen)
         return state
+
+    def _frozen(self, state: State) -> Params:
+        return part_of(state["params"], self.program.spec.placements, trained=False)
+
+    def _without_frozen(self, state: State) -> State:
+        """Returns the state as checkpoints hold it."""
+        return {
+            **state,
+            "params": part_of(state["params"], self.program.spec.placements),
+        }
 
     def _refuse_to_begin_over(self) -> None:
         """Raises if there are checkpoints, none of them whole; one that was being written when the run was killed does not count."""
@@ -330,7 +365,8 @@ class _Run:
             "tokens": self.seen, "evaluated": self.evaluated, "model": to_dict(self.run.model), "mesh": dict(self.program.mesh.shape),
             "version": jaxspeed.__version__,
         }  # fmt: skip
-        self.checkpoints.save(step, state, iterator=self.data, meta=meta)
+        kept = self._without_frozen(state)
+        self.checkpoints.save(step, kept, iterator=self.data, meta=meta)
         self.saved = step
 
     def _finish(self, step: int) -> Result:

@@ -7,7 +7,7 @@ pattern that matches nothing is an error, never a setting without effect. Layer 
 
 import difflib
 import fnmatch
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -30,6 +30,28 @@ def paths_of(
     """Returns the leaves of a tree by their dotted paths."""
     found = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
     return {dotted(path): leaf for path, leaf in found}
+
+
+def subtree(
+    tree: Mapping[Any, Any], paths: Collection[str], prefix: str = ""
+) -> dict[Any, Any]:
+    """Returns the part of a nested dict that lies at these dotted paths (under a prefix)."""
+    part = {}
+    for key, below in tree.items():
+        path = f"{prefix}{key}"
+        if isinstance(below, Mapping):
+            inner = subtree(below, paths, f"{path}.")
+            part |= {key: inner} if inner else {}
+        elif path in paths:
+            part[key] = below
+    return part
+
+
+def with_part(tree: Mapping[Any, Any], part: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Returns a nested dict with all values of both; where both have one, that of `part`."""
+    both = lambda key: isinstance(tree.get(key), Mapping)
+    inner = {k: with_part(tree[k], v) if both(k) else v for k, v in part.items()}
+    return {**tree, **inner}
 
 
 def matching(where: str, pattern: str, paths: Iterable[str]) -> list[str]:

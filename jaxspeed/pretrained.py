@@ -4,6 +4,7 @@
 import dataclasses
 import importlib
 import logging
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -11,16 +12,18 @@ import jax
 import numpy as np
 
 from jaxspeed import nn
-from jaxspeed.checkpoint import restore_params
 from jaxspeed.config import (
     ConfigError,
     DTypeConfig,
+    LoraConfig,
     MeshConfig,
     RunConfig,
     ZeroConfig,
+    config_error,
     suggest,
 )
 from jaxspeed.data.tokenize import TOKENIZER_FILE, load_tokenizer
+from jaxspeed.frozen import restore_all
 from jaxspeed.gguf_files import read_gguf
 from jaxspeed.hf import (
     check_tensors,
@@ -36,6 +39,15 @@ from jaxspeed.hf import (
     refuse_another_model,
     write_model,
 )
+from jaxspeed.lora import (
+    ADAPTERS,
+    find_targets,
+    folded,
+    frozen_paths,
+    with_adapters,
+)
+from jaxspeed.paths import paths_of
+from jaxspeed.peft import write_adapters
 from jaxspeed.program import Program, build_program
 from jaxspeed.state import with_shardings
 from jaxspeed.types import Params
@@ -176,7 +188,67 @@ def read_params(
         if type(there) is type(cfg) and is_other_head(there, cfg):
             refuse_another_model(path, there, cfg, any_head=True)
             return _with_new_head(path, there, cfg, abstract_params, fresh)
-    return restore_params(path, abstract_params)
+    return _run_params(path, cfg, abstract_params)
+
+
+def _run_params(path: str | Path, cfg: Any, abstract_params: Params) -> Params:
+    """Returns a run's parameters, its adapters added to their matrices."""
+    lora = _lora_of(path)
+    if not lora.rank:
+        return restore_all(path, abstract_params)
+    adapted = restore_all(path, _with_adapters(_wide(abstract_params), cfg, lora))
+    narrow = lambda x, like: x.astype(like.dtype)
+    fold = lambda params: jax.tree.map(narrow, folded(params, lora), abstract_params)
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_params)
+    return jax.jit(fold, out_shardings=shardings)(adapted)
+
+
+def _wide(abstract_params: Params) -> Params:
+    return jax.tree.map(lambda x: x.update(dtype=np.float32), abstract_params)
+
+
+def _with_adapters(abstract_params: Params, cfg: Any, lora: LoraConfig) -> Params:
+    """Returns the abstract parameters with those of the adapters, whole on each device."""
+    _, shapes, dims = nn.abstract(lambda: cfg.build(nn.rngs(jax.random.key(0))))
+    targets = find_targets(lora, shapes, dims)
+    adapters = with_adapters(targets, lora.rank, shapes, dims)[0][ADAPTERS]
+    mesh = jax.tree.leaves(abstract_params)[0].sharding.mesh
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    placed = jax.tree.map(lambda x: x.update(sharding=whole), adapters)
+    return {**abstract_params, ADAPTERS: placed}
+
+
+def _lora_of(path: str | Path) -> LoraConfig:
+    """Returns the adapters of the run that a path lies in."""
+    path = Path(path).expanduser().absolute()
+    for folder in (path, *path.parents[:2]):
+        if (folder / "config.json").is_file():
+            given = read_settings(folder).get("lora", {})
+            plain = lambda value: tuple(value) if isinstance(value, list) else value
+            return LoraConfig(**{name: plain(x) for name, x in given.items()})
+    return LoraConfig()
+
+
+def refuse_frozen_head(path: str | Path, cfg: Any, frozen: Collection[str]) -> None:
+    """Raises if parameters that a run does not train are new, as the model that it begins with has another head.
+
+    Args:
+        path: of that model.
+        cfg: the run's.
+        frozen: paths of the parameters that it does not train.
+
+    Raises:
+        ConfigError: names one of them.
+    """
+    if not (Path(path).expanduser() / "config.json").is_file():
+        return
+    there = model_config(path, models=type(cfg).__module__.partition(".")[0])
+    if type(there) is type(cfg) and is_other_head(there, cfg):
+        if new := sorted(head_paths(cfg) & set(frozen)):
+            raise ConfigError(
+                f"init={str(path)!r}: its model has another head, so {new[0]} is new and would stay so, frozen; "
+                "name it in lora.trained, or leave it out of freeze"
+            )
 
 
 def _with_new_head(
@@ -197,7 +269,7 @@ def _with_new_head(
 
     shapes = nn.abstract(lambda: there.build(nn.rngs(jax.random.key(0))))[1]
     shapes = jax.tree_util.tree_map_with_path(sharded, shapes)
-    held = jax.tree_util.tree_leaves_with_path(restore_params(path, shapes))
+    held = jax.tree_util.tree_leaves_with_path(_run_params(path, there, shapes))
     found = {dotted(path): leaf for path, leaf in held if dotted(path) not in heads}
     new = sorted(set(wanted) - set(found))
     logger.warning("%s: new, for they are of the head: %s", path, ", ".join(new))
@@ -258,6 +330,33 @@ def export_run(
     how: dict[str, Any] = {"dtype": dtype, "shard_bytes": shard_bytes}
     how |= {"texts": _tokenizer_files(path), "settings": _token_ids(path)}
     return export_params(params, cfg, folder, **how)
+
+
+def export_adapters(
+    path: str | Path,
+    folder: str | Path,
+    *,
+    dtype: Any = np.float32,
+    models: str = "models",
+) -> list[Path]:
+    """Writes a run's newest adapters as a folder that PEFT loads; returns the files.
+
+    Raises:
+        ConfigError: there is no such run, it has no adapters, PEFT's format cannot hold them, or
+            the folder cannot be written.
+    """
+    cfg, lora = model_config(path, models=models), _lora_of(path)
+    if not lora.rank:
+        raise config_error(
+            "to", "peft", f"{path} has no adapters (lora.rank=0)", "give --to hf DIR"
+        )
+    abstract = _abstract_params(cfg)
+    params = restore_all(path, _with_adapters(abstract, cfg, lora))
+    targets = {name.rpartition(".")[0] for name in paths_of(params[ADAPTERS])}
+    paths = set(paths_of(abstract))
+    trained = paths - frozen_paths(lora, targets, paths)
+    base = str(read_settings(path).get("init", ""))
+    return write_adapters(params, cfg, lora, trained, folder, base=base, dtype=dtype)
 
 
 def _abstract_params(cfg: Any) -> Params:

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float
 
 from jaxspeed.ambient import current
 from jaxspeed.config import ConfigError, ZeroConfig
-from jaxspeed.paths import dotted
+from jaxspeed.paths import dotted, paths_of, subtree
 from jaxspeed.types import PyTree
 
 
@@ -155,24 +155,8 @@ def part_of(
         placements: a `Placement` per parameter.
         trained: which part.
     """
-    part = {}
-    for name, below in placements.items():
-        if not isinstance(below, Placement):
-            inner = part_of(tree[name], below, trained=trained)
-            part |= {name: inner} if inner else {}
-        elif below.trained == trained:
-            part[name] = tree[name]
-    return part
-
-
-def with_part(tree: Mapping[str, Any], part: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a nested dict with the values of `part`, a part of one, in the place of its own."""
-    return {
-        name: part.get(name, value)
-        if not isinstance(value, Mapping)
-        else with_part(value, part.get(name, {}))
-        for name, value in tree.items()
-    }
+    places = paths_of(placements)
+    return subtree(tree, {p for p, place in places.items() if place.trained == trained})
 
 
 @jax.tree_util.register_dataclass

@@ -24,6 +24,7 @@ from jaxspeed.lora import joined
 from jaxspeed.loss_scale import update_loss_scale
 from jaxspeed.nn import merge
 from jaxspeed.optim import update_count
+from jaxspeed.paths import with_part
 from jaxspeed.sharding import (
     Placement,
     Weight,
@@ -33,7 +34,6 @@ from jaxspeed.sharding import (
     is_weight,
     part_of,
     reduce_scatter,
-    with_part,
 )
 from jaxspeed.types import Batch, LossFn, Params, PyTree, Sums
 

@@ -161,6 +161,7 @@ def write_folder(
     *,
     shard_bytes: int,
     texts: Mapping[str, str] | None = None,
+    single: str = SINGLE,
 ) -> list[Path]:
     """Writes tensors as one safetensors file, or as several and an index; returns the files.
 
@@ -171,6 +172,7 @@ def write_folder(
         tensors: in the order in which they are written, each in its info's dtype.
         shard_bytes: most bytes of tensors in one file; a larger tensor has a file of its own.
         texts: files to go with them, by name.
+        single: name of the file, if there is one.
 
     Raises:
         ConfigError: a model is there already, or the folder cannot be written (then nothing new is in it).
@@ -183,7 +185,7 @@ def write_folder(
         )
     count = len(shards)
     name_of = lambda i: (
-        SINGLE if count == 1 else f"model-{i + 1:05d}-of-{count:05d}.safetensors"
+        single if count == 1 else f"model-{i + 1:05d}-of-{count:05d}.safetensors"
     )
     files, where, total, texts = [], {}, 0, dict(texts or {})
     for i, shard in enumerate(shards):

@@ -19,9 +19,9 @@ ROOT = Path(__file__).parents[1]
 LAYERS = {
     0: "batch checks config sampling types",
     1: "ambient cache choice launch ledger mesh nn ops paths remat sharding tensorfiles topology",
-    2: "checkpoint data deepspeed_json deepspeed_keys deepspeed_rules gguf_files gguf_tokenizers hf loss_scale "
+    2: "checkpoint data deepspeed_json deepspeed_keys deepspeed_rules frozen gguf_files gguf_tokenizers hf loss_scale "
     "losses metrics objectives offload optim precision progress report schedules",
-    3: "generate lora pipeline program state step",
+    3: "generate lora peft pipeline program state step",
     4: "__init__ __main__ cli cli_text doctor embedding engine loop plan pretrained profile tasks writing",
 }
 """Modules and packages of jaxspeed. Each imports its own layer and lower ones only."""

@@ -11,8 +11,9 @@ import pytest
 from jaxspeed.config import ConfigError, DTypeConfig, MeshConfig, OptimConfig
 from jaxspeed.ledger import read_ledger
 from jaxspeed.optim import map_like_params
+from jaxspeed.paths import with_part
 from jaxspeed.program import Program
-from jaxspeed.sharding import part_of, with_part
+from jaxspeed.sharding import part_of
 from jaxspeed.state import bytes_per_device
 from jaxspeed.step import make_grad_fn
 from tests.toy import assert_same, batch_of, host, program_of, start
@@ -144,6 +145,7 @@ def test_parts_of_a_tree_make_the_whole() -> None:
     assert_same(with_part(tree, trained), tree)
     doubled = jax.tree.map(lambda x: 2 * x, trained)
     both = with_part(tree, doubled)
+    assert_same(with_part(trained, frozen), tree)
     assert_same(part_of(both, places), doubled)
     assert_same(part_of(both, places, trained=False), frozen)
 
