@@ -28,11 +28,11 @@ def config() -> RunConfig:
         task=TaskConfig(
             name="classification", labels=("neg", "pos"), buckets=(64, 128, 192)
         ),
-        steps=400,
+        steps=280,
         seq_len=256,
         global_batch_size=32,
         optim=OptimConfig(lr=1e-4, b2=0.999, weight_decay=0.01),
-        schedule=ScheduleConfig(warmup_steps=40, min_ratio=0.0),
+        schedule=ScheduleConfig(warmup_steps=30, min_ratio=0.0),
         data=DataConfig(path=("tfds:imdb_reviews",), clean=("html",)),
         checkpoint=CheckpointConfig(every=200),
         eval=EvalConfig(every=0, batches=0),
