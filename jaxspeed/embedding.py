@@ -24,10 +24,9 @@ from jaxspeed.ambient import ambient
 from jaxspeed.config import BATCH_AXES, config_error
 from jaxspeed.data import load_tokenizer
 from jaxspeed.data.tokenize import TOKENIZER_FILE
-from jaxspeed.nn import merge
 from jaxspeed.pretrained import open_model
 from jaxspeed.program import Program
-from jaxspeed.step import compute_weights, on_zero_axes
+from jaxspeed.step import compute_weights, model_of, on_zero_axes
 from jaxspeed.types import Params
 
 
@@ -113,7 +112,7 @@ def _make_embedder(program: Program) -> Callable[..., jax.Array]:
 
     def local(params: Params, inputs: jax.Array, segments: jax.Array) -> jax.Array:
         with ambient(spec.settings):
-            model = merge(spec.graphdef, compute_weights(spec, params))
+            model = model_of(spec, compute_weights(spec, params))
             return mean_pooled(model.hidden(inputs, None, segments), segments)
 
     batch = P(BATCH_AXES)
