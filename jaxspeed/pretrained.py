@@ -163,7 +163,7 @@ def _of_type(annotation: Any, value: Any) -> Any:
         kinds = {f.name: f.type for f in dataclasses.fields(annotation)}
         made: Any = annotation
         return made(**{name: _of_type(kinds.get(name), x) for name, x in value.items()})
-    return tuple(value) if isinstance(value, list) else value
+    return tuple(_of_type(None, x) for x in value) if isinstance(value, list) else value
 
 
 def read_params(
@@ -223,9 +223,7 @@ def _lora_of(path: str | Path) -> LoraConfig:
     path = Path(path).expanduser().absolute()
     for folder in (path, *path.parents[:2]):
         if (folder / "config.json").is_file():
-            given = read_settings(folder).get("lora", {})
-            plain = lambda value: tuple(value) if isinstance(value, list) else value
-            return LoraConfig(**{name: plain(x) for name, x in given.items()})
+            return _of_type(LoraConfig, read_settings(folder).get("lora", {}))
     return LoraConfig()
 
 

@@ -28,8 +28,8 @@ LAYERS = {
 
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names.split()}
 
-FLAX = {"jaxspeed.nn", "jaxspeed.lora"}
-"""The only modules of the library that import flax (ADR 0003)."""
+FLAX = {"jaxspeed.nn"}
+"""The only module of the library that imports flax (ADR 0003)."""
 
 MODELS_MAY_IMPORT = {
     "jax",

@@ -2,6 +2,7 @@
 """A run of adapters: what lies in its directory, how it goes on, and what comes out of it."""
 
 import dataclasses
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -35,9 +36,10 @@ from jaxspeed.loop import fit
 from jaxspeed.lora import folded, without
 from jaxspeed.metrics import read_metrics
 from jaxspeed.paths import paths_of
-from jaxspeed.pretrained import read_params, refuse_frozen_head
+from jaxspeed.pretrained import read_params, refuse_frozen_head, run_config
 from jaxspeed.program import Program, build_program
 from jaxspeed.sharding import part_of
+from jaxspeed.tasks import evaluate_at
 from jaxspeed.types import Sums
 from models import bert, gpt2
 from tests import toy
@@ -62,7 +64,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
         zero=ZeroConfig(stage=3, param_persistence_threshold=0),
         lora=dataclasses.replace(LORA, dropout=0.1),
         dtype=DTypeConfig(compute="float32"),
-        optim=OptimConfig(lr=0.05),
+        optim=OptimConfig(lr=0.05, lr_groups=(("lora.*.b", 2.0),)),
         schedule=ScheduleConfig(name="constant"),
         data=DataConfig(
             path=(str(write_recipe(folder).text),), tokenizer="byte", cache_dir=str(folder / "cache"),
@@ -125,6 +127,14 @@ def test_run_begins_with_another_ones_model_its_adapters_added(
     shapes = abstract(run.model)
     ours, theirs = (read_params(x, run.model, shapes) for x in (tmp_path, done))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), ours, theirs)
+
+
+def test_run_is_evaluated_with_its_adapters(run: RunConfig, done: Path) -> None:
+    again = run_config(done, models="tests")
+    assert again == run
+    evaluation = evaluate_at(done, again)
+    ended = read_metrics(done)[-1]["eval/loss"]
+    assert evaluation.metrics["eval/loss"] == pytest.approx(ended, rel=1e-6)
 
 
 def test_run_with_other_adapters_does_not_go_on(run: RunConfig, done: Path) -> None:
@@ -194,16 +204,21 @@ def test_exported_model_says_what_the_adapted_one_says(
 
 
 def test_exported_adapters_are_where_a_run_begins(
-    left: tuple[Path, Any], run: RunConfig, tmp_path: Path
+    left: tuple[Path, Any],
+    run: RunConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     base, adapters = tmp_path / "base", tmp_path / "adapters"
     export_params(without(left[1]), MODEL, base)
     assert cli.main(["export", str(left[0]), "--to", "peft", str(adapters)]) == 0
     settings = json.loads((adapters / "adapter_config.json").read_text())
     assert settings["base_model_name_or_path"] == "the/base"
+    one = functools.partial(build_program, devices=jax.devices()[:1])
+    monkeypatch.setattr(loop, "build_program", one)
     begun = loop._Run(
         moved(
-            run, tmp_path / "run", model=MODEL, seq_len=8, init=str(base),
+            run, tmp_path / "run", model=MODEL, seq_len=8, init=str(base), mesh=MeshConfig(),
             lora=dataclasses.replace(LORA, init=str(adapters)),
         ),
         "again",

@@ -11,7 +11,7 @@ import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from jaxspeed.config import RunConfig
+from jaxspeed.config import LoraConfig, OptimConfig, RunConfig
 from jaxspeed.pretrained import model_config, read_params
 from jaxspeed.program import Program, build_program
 from jaxspeed.tasks.answers import QuestionAnswering
@@ -58,7 +58,11 @@ def evaluate_at(path: str | Path, run: RunConfig) -> Evaluation:
     """
     model = model_config(path, models=type(run.model).__module__.partition(".")[0])
     own = dataclasses.replace(run.data, tokenizer="auto")
-    run = dataclasses.replace(run, model=model, data=own, init=str(path))
+    # Of adapters, frozen parameters and groups nothing is left: the model is read whole.
+    run = dataclasses.replace(
+        run, model=model, data=own, init=str(path), lora=LoraConfig(), freeze=(),
+        dtype=dataclasses.replace(run.dtype, frozen="auto"), optim=OptimConfig(),
+    )  # fmt: skip
     program = build_program(run)
     params = read_params(path, model, program.abstract_state["params"])
     task = open_task(run, program)
