@@ -38,7 +38,14 @@ from jaxspeed.step import (
     model_of,
     on_zero_axes,
 )
-from jaxspeed.types import CausalLM, MaskedLM, Params, PyTree, Seq2Seq
+from jaxspeed.types import (
+    CausalLM,
+    MaskedLM,
+    Params,
+    PyTree,
+    Seq2Seq,
+    output_bias,
+)
 
 
 STOP_EVERY = 16
@@ -82,8 +89,8 @@ class Writer:
             ConfigError: the model is not one that writes.
         """
         model = model_of(program.spec, program.abstract_state["params"])
-        writes = isinstance(model, CausalLM | Seq2Seq)
-        if not writes or isinstance(model, MaskedLM):
+        decodes = isinstance(model, CausalLM) and not isinstance(model, MaskedLM)
+        if not (decodes or isinstance(model, Seq2Seq)):
             raise ConfigError(
                 f"model: a {type(model).__name__} does not write text; give a decoder, or an encoder-decoder"
             )
@@ -248,15 +255,22 @@ def _make_scorer(program: Program) -> Callable[..., jax.Array]:
     return jax.jit(on_zero_axes(spec, local, (P(),), P()))
 
 
-def _head(model: Any) -> Float[Array, "D V"]:
-    """Returns the output embedding as the products of a few rows read it fast, in the compute dtype."""
-    return model.output_embedding().astype(current().compute).T
+class _Head(NamedTuple):
+    """What makes logits of hidden states."""
+
+    embedding: Float[Array, "D V"]
+    """The output embedding as the products of a few rows read it fast, in the compute dtype."""
+    bias: Float[Array, " V"] | None
 
 
-def _logits(
-    hidden: Float[Array, "B D"], head: Float[Array, "D V"]
-) -> Float[Array, "B V"]:
-    return dot(hidden.astype(head.dtype), head, (1, 0))
+def _head(model: Any) -> _Head:
+    table = model.output_embedding().astype(current().compute)
+    return _Head(table.T, output_bias(model))
+
+
+def _logits(hidden: Float[Array, "B D"], head: _Head) -> Float[Array, "B V"]:
+    logits = dot(hidden.astype(head.embedding.dtype), head.embedding, (1, 0))
+    return logits if head.bias is None else logits + head.bias[None]
 
 
 def _rounded(tokens: int) -> int:

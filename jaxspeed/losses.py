@@ -10,7 +10,15 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxspeed.config import ConfigError
 from jaxspeed.ops.cross_entropy import fused_cross_entropy
-from jaxspeed.types import Batch, CausalLM, Labeller, MaskedLM, Seq2Seq, Sums
+from jaxspeed.types import (
+    Batch,
+    CausalLM,
+    Labeller,
+    MaskedLM,
+    Seq2Seq,
+    Sums,
+    output_bias,
+)
 
 
 def next_token_loss(model: CausalLM, batch: Batch) -> Sums:
@@ -96,7 +104,11 @@ def seq2seq_loss(model: Seq2Seq, batch: Batch) -> Sums:
         memory_segment_ids=segment_ids,
     )
     return fused_cross_entropy(
-        hidden, model.output_embedding(), batch["targets"], batch["mask"]
+        hidden,
+        model.output_embedding(),
+        batch["targets"],
+        batch["mask"],
+        output_bias(model),
     )
 
 

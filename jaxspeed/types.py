@@ -72,6 +72,20 @@ class CausalLM(Protocol):
 
 
 @runtime_checkable
+class BiasedOutput(Protocol):
+    """What a decoder may have besides: a bias of its logits."""
+
+    def output_bias(self) -> Float[Array, " V"]:
+        """Returns what is added to the logits."""
+        ...
+
+
+def output_bias(model: Any) -> Float[Array, " V"] | None:
+    """Returns what is added to a decoder's logits; None: nothing."""
+    return model.output_bias() if isinstance(model, BiasedOutput) else None
+
+
+@runtime_checkable
 class MaskedLM(Protocol):
     """What the library asks of an encoder that predicts tokens where they stand (BERT)."""
 

@@ -22,7 +22,7 @@ from jaxspeed.losses import (
     tagging_loss,
 )
 from jaxspeed.types import LossFn
-from models import bert, gpt2, image_text, llama, opt, rnn, t5, vit, whisper
+from models import bart, bert, gpt2, image_text, llama, opt, rnn, t5, vit, whisper
 
 
 T, V, D, L = 16, 64, 32, 2
@@ -302,6 +302,26 @@ ZOO: dict[str, Member] = {
         initial_loss=None,
         variant=True,
     ),
+    "bart": Member(
+        bart.Config(
+            vocab_size=V, max_seq_len=T, num_layers=L, num_decoder_layers=L, num_heads=4,
+            d_model=D, d_ff=64,
+        ),
+        "seq2seq",
+        seq2seq_loss,
+        pairs,
+    ),
+    "bart, as pegasus": Member(
+        bart.Config(
+            vocab_size=V, max_seq_len=T, num_layers=L, num_decoder_layers=L, num_heads=4,
+            d_model=D, d_ff=64, activation="relu", norm_first=True, embed_norm=False,
+            sinusoids=True, scale_embedding=True,
+        ),
+        "seq2seq",
+        seq2seq_loss,
+        pairs,
+        variant=True,
+    ),
     "whisper": Member(
         whisper.Config(
             vocab_size=V, num_mel_bins=M, max_source_len=S, max_seq_len=T, num_layers=L,
@@ -358,6 +378,9 @@ NAMED: dict[str, tuple[Any, int]] = {
     "T5 small": (t5.SMALL, 60_506_624),
     "T5 base": (t5.BASE, 222_903_552),
     "FLAN-T5 small": (t5.FLAN_SMALL, 76_961_152),
+    "BART base": (bart.BASE, 139_470_681),
+    "BART large": (bart.LARGE, 406_341_721),
+    "OPUS-MT en-de": (bart.MARIAN, 73_944_309),
     "Whisper tiny": (whisper.TINY, 37_760_640),
     "Whisper base": (whisper.BASE, 72_593_920),
     "Whisper large v3": (whisper.LARGE_V3, 1_543_490_560),
