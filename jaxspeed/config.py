@@ -532,7 +532,7 @@ class TaskConfig:
     name: TaskName = "lm"
     """lm: the next token. masked_lm: masked tokens (BERT). span_corruption: missing spans (T5). sft: the answer to a prompt. seq2seq: a text from a text. The others by their names; docs/tasks.md has them all."""
     input_fields: tuple[str, ...] = ()
-    """Fields of a record that hold the input; classification takes one text or two. Empty: the task's usual names (docs/tasks.md)."""
+    """Fields of a record that hold the input; classification takes one text or two, speech the sample rate too. Empty: the task's usual names (docs/tasks.md)."""
     target_field: str = ""
     """Field that holds the target; empty: the task's usual name."""
     labels: tuple[str, ...] = ()
@@ -554,7 +554,7 @@ class TaskConfig:
     decoder_prompt: tuple[str, ...] = ()
     """Special tokens that the decoder begins with, as in `<|en|>` `<|transcribe|>`; empty: those that the tokenizer itself puts before a text. The model's start token is always the first."""
     sample_rate: int = 0
-    """Samples per second of sound that does not tell its own rate; 0: it is the model's."""
+    """Samples per second of sound that does not tell its own rate; 0: 16,000."""
     metrics: tuple[Literal["accuracy", "bleu", "chrf", "rouge", "wer"], ...] = ()
     """How written answers are compared with the targets; empty: the task's usual."""
     buckets: tuple[int, ...] = ()

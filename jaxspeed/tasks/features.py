@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sound and images of records as what a model reads."""
 
+import wave
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,20 @@ def spectrogram_in(
         raise BadRecordError(
             f"has a {field!r} that cannot be used: {what}", change
         ) from error
+
+
+def seconds_in(record: Record, field: str, rate: int) -> float:
+    """Returns how long a field's sound is, by its samples or by a file's header; the rest as `spectrogram_in`."""
+    value = record[field]
+    try:
+        if isinstance(value, str):
+            with wave.open(str(Path(value).expanduser())) as file:
+                return file.getnframes() / file.getframerate()
+    except (OSError, EOFError, wave.Error):
+        return 0.0  # what is wrong with it, reading it will tell
+    if isinstance(value, dict):
+        value, rate = value.get("array", ()), int(value.get("sampling_rate", rate))
+    return len(value) / (rate or RATE)
 
 
 def pixels_in(

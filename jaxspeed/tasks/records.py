@@ -105,9 +105,12 @@ class Examples:
         self.num_bytes = source.num_bytes
         self._field, self._source, self._kind = field, source, kind
         self._starts = None
+        self.left_out = 0
+        """Records that give no example."""
         if kind.parts is not None:
             counts = [self._of(i, kind.parts) for i in range(len(source))]
             self._starts = np.cumsum([0, *counts])
+            self.left_out = counts.count(0)
 
     def __len__(self) -> int:
         return len(self._source) if self._starts is None else int(self._starts[-1])
@@ -275,6 +278,7 @@ class RecordTask:
             for row, (record, part) in enumerate(batch.keys):
                 output = jax.tree.map(lambda x, row=row: x[row], outputs)
                 answered[record].outputs.append((part, output))
+        answered = [one for one in answered if one.outputs]
         for one in answered:
             one.outputs[:] = [
                 x for _, x in sorted(one.outputs, key=lambda pair: pair[0])
@@ -316,7 +320,12 @@ class RecordTask:
                     ] += 1
                     cut[item.cut] = cut.get(item.cut, 0) + 1
                     looked += 1
+        left_out = sum(examples.left_out for examples in self._examples)
+        records = sum(map(len, self.corpus.train))
         said = [
+            f"{left_out} of {records} records are left out: too long for the model"
+        ] * bool(left_out)
+        said += [
             f"{number} of {looked} examples looked at are longer than {setting} and are cut"
             for setting, number in cut.items()
             if setting
@@ -356,7 +365,7 @@ def columns_of(run: RunConfig) -> tuple[tuple[str, ...], str]:
     """
     inputs, target = TASK_COLUMNS[run.task.name]
     given = run.task.input_fields
-    most = 2 if run.task.name == "classification" else len(inputs)
+    most = 2 if run.task.name in ("classification", "speech") else len(inputs)
     if given and not len(inputs) <= len(given) <= most:
         raise config_error(
             "task.input_fields",

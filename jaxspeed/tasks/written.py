@@ -14,13 +14,14 @@ from jaxtyping import Int32
 
 from jaxspeed.config import TASK_METRICS, RunConfig, config_error
 from jaxspeed.data import Tokenizer
+from jaxspeed.data.audio import HOP, RATE
 from jaxspeed.data.documents import Record
 from jaxspeed.generate import Encoded, Writer
 from jaxspeed.losses import seq2seq_loss
 from jaxspeed.objectives import target_len
 from jaxspeed.program import Program
 from jaxspeed.sampling import SamplingConfig
-from jaxspeed.tasks.features import pixels_in, spectrogram_in
+from jaxspeed.tasks.features import pixels_in, seconds_in, spectrogram_in
 from jaxspeed.tasks.records import (
     Answered,
     Inference,
@@ -70,19 +71,28 @@ class SequenceToSequence:
 
 
 class Speech:
-    """A transcript of sound."""
-
-    parts = None
+    """A transcript of sound; what is longer than the model reads is left out."""
 
     def __init__(self, run: RunConfig, tokenizer: Tokenizer) -> None:
         """Asks the tokenizer for its special tokens."""
-        (self._sound,), target = columns_of(run)
+        (self._sound, *rate), target = columns_of(run)
         self._shape, self._rate = run.model.feature_shape, run.task.sample_rate
+        self._rate_field = rate[0] if rate else ""
+        self._longest = self._shape[0] * HOP / RATE
         self._decoder = _Decoder(run, tokenizer, target, run.seq_len, "seq_len")
+
+    def parts(self, record: Record) -> int:
+        """Returns 1, or 0 if the sound is too long."""
+        return int(
+            seconds_in(record, self._sound, self._rate_of(record)) <= self._longest
+        )
 
     def encode(self, record: Record) -> Sequence[Item]:
         """Returns the spectrogram and the transcript."""
-        sound = spectrogram_in(record, self._sound, self._shape, self._rate)
+        if not self.parts(record):
+            return []
+        rate = self._rate_of(record)
+        sound = spectrogram_in(record, self._sound, self._shape, rate)
         written, long = self._decoder.rows(record)
         return [Item({"inputs": sound} | written, long)]
 
@@ -97,6 +107,9 @@ class Speech:
     def show(self, answered: Answered) -> str:
         """Returns the model's and the true transcript."""
         return self._decoder.show("", answered)
+
+    def _rate_of(self, record: Record) -> int:
+        return int(record[self._rate_field]) if self._rate_field else self._rate
 
 
 class ImageQuestions:

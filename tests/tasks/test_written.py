@@ -134,6 +134,23 @@ def test_sound_is_transcribed(
     assert trained(run).metrics["eval/wer"] == 0.0
 
 
+def test_sound_that_is_too_long_is_left_out_and_rates_are_read(
+    make_run: MakeRun, opened: Opened
+) -> None:
+    rows = [
+        {"speech": [0.1] * 400 * n, "sample_rate": 1000 * n, "text": "x" * n}
+        for n in range(1, 10)
+    ]
+    rows[3]["sample_rate"] = 1000
+    run = make_run(
+        SOUND, rows, name="speech", input_fields=("speech", "sample_rate"),
+    )  # fmt: skip
+    _, task = opened(run)
+    assert task.describe()[2] == "1 of 7 records are left out: too long for the model"
+    batch = next(task.train_iterator())
+    assert 4 not in (batch["mask"].sum(1) - 1).tolist()
+
+
 @pytest.mark.parametrize("form", ["samples", "rated", "integers", "file"])
 def test_sound_may_be_samples_or_a_file(form: str, tmp_path: Path) -> None:
     sound = np.sin(np.arange(3200) / 9).astype(np.float32) * 0.5
