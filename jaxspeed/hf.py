@@ -69,6 +69,8 @@ class Exchange(NamedTuple):
     """Regular expression of names that only some heads read, which are trained before them; taken where they are."""
     renamed: Sequence[tuple[str, str]] = ()
     """Regular expressions of what names were called once, with what that became."""
+    companions: Callable[[Any], dict[str, Any]] = lambda cfg: {}
+    """From the Config to JSON files that go with config.json, by name, where the model brought none."""
 
 
 def find_exchange(model_type: str, package: str = "models") -> Exchange:
@@ -322,12 +324,17 @@ def write_model(
         "architectures": [architecture_of(settings["model_type"], model_config)],
         "torch_dtype": dtype.name,
     }
-    config = json.dumps(settings, indent=2) + "\n"
+    dumped = lambda settings: json.dumps(settings, indent=2) + "\n"
+    companions = exchange_of(model_config).companions(model_config)
     return write_folder(
         Path(folder).expanduser(),
         ((name, info._replace(dtype=dtype)) for name, info in tensors),
         shard_bytes=shard_bytes,
-        texts={**(texts or {}), "config.json": config},
+        texts={
+            **{name: dumped(those) for name, those in companions.items()},
+            **(texts or {}),
+            "config.json": dumped(settings),
+        },
     )
 
 

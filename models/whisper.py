@@ -470,6 +470,23 @@ def _write_config(cfg: Config) -> dict[str, Any]:
     }
 
 
+def _companions(cfg: Config) -> dict[str, Any]:
+    """Returns how `jaxspeed.data.audio` makes spectrograms, as Hugging Face says it: for whole seconds only."""
+    if cfg.max_source_len % 50:
+        return {}
+    return {
+        "preprocessor_config.json": {
+            "feature_extractor_type": "WhisperFeatureExtractor",
+            "feature_size": cfg.num_mel_bins,
+            "sampling_rate": 16_000,
+            "hop_length": 160,
+            "n_fft": 400,
+            "chunk_length": cfg.max_source_len // 50,
+            "padding_value": 0.0,
+        }
+    }
+
+
 def _rows(cfg: Config) -> list[Row]:
     rows = [
         Row(f"model.encoder.conv{i}.{theirs}", f"conv{i}.{ours}", form)
@@ -521,6 +538,7 @@ EXCHANGE = Exchange(
     read_config=_read_config,
     write_config=_write_config,
     rows=_rows,
-    prefix="model.",
+    prefix=r"model\.",
+    companions=_companions,
     ignored=r"(model\.)?proj_out\.weight",
 )

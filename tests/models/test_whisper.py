@@ -1,12 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """What holds of Whisper alone."""
 
+import dataclasses
+from pathlib import Path
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxspeed import nn
+from jaxspeed.data.audio import RATE, log_mel
+from jaxspeed.hf import export_params
 from models import whisper
 from tests.models.test_family import (
     B,
@@ -47,6 +53,19 @@ def test_sinusoids_are_the_published_ones() -> None:
     waves = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
     # At position 1500 the angle has been rounded to 1e-4.
     np.testing.assert_allclose(made, waves, atol=2e-4)
+
+
+@pytest.mark.hf
+def test_exported_folder_says_how_sound_becomes_spectrograms(tmp_path: Path) -> None:
+    transformers: Any = pytest.importorskip("transformers")
+    cfg = dataclasses.replace(CFG, max_source_len=100)
+    params = {**parameters("whisper"), "waves": np.zeros((100, D), np.float32)}
+    export_params(params, cfg, tmp_path)
+    extract = transformers.AutoFeatureExtractor.from_pretrained(tmp_path)
+    sound = np.random.default_rng(0).normal(size=12_345).astype(np.float32)
+    theirs = extract(sound, sampling_rate=RATE).input_features[0]
+    ours = log_mel(sound, num_mel_bins=M, frames=cfg.feature_shape[0])
+    np.testing.assert_allclose(ours, theirs.T, atol=1e-4)
 
 
 @pytest.mark.parametrize("frames", [2 * S + 2, 2 * S - 1])
