@@ -144,7 +144,8 @@ class Writer:
         said = [empty] * (len(rows) * copies)
         left = sampling.max_new_tokens
         while True:
-            room = min(left, limit - max(map(len, rows))) if limit else left
+            # The last token of a text has no successor, so it needs no position.
+            room = min(left, limit + 1 - max(map(len, rows))) if limit else left
             ended = np.array([text.ended for text in said])
             session = _Session(
                 self, rows, sampling, copies=copies, room=room, encoded=encoded,
@@ -195,11 +196,11 @@ class Writer:
                 why, change = "the model has no such token", f"give 0 to {vocab - 1}"
                 raise config_error("prompt", odd, why, change)
             wanted = 1 if shift else sampling.max_new_tokens
-            if limit and len(ids) + wanted > limit:
+            if limit and len(ids) + wanted - 1 > limit:
                 why = f"with a prompt of {len(ids)} tokens the text does not fit the model's {limit} positions"
                 change = (
-                    f"give at most {limit - len(ids)}"
-                    if len(ids) < limit
+                    f"give at most {limit + 1 - len(ids)}"
+                    if len(ids) <= limit
                     else "shorten the prompt"
                 )
                 raise config_error(

@@ -19,6 +19,8 @@ _PROMPTS = "usr/share/asterisk/sounds/en_US_f_Allison/"
 _PROMPT_TEXTS = "usr/share/doc/asterisk-core-sounds-en/core-sounds-en.txt.gz"
 _LIBRIVOX = "usr/share/pocketsphinx/test/data/librivox/"
 _NOTE = re.compile(r"\[.*?\]|\(.*?\)")
+LONGEST_S = 12.0
+"""Seconds of the longest prompt taken: a model pads all to one length, and few are longer (up to 73)."""
 _TRANSCRIPT = re.compile(r"<s> (.*) </s> \((.*)\)")
 
 
@@ -37,6 +39,7 @@ def _read(downloads: Downloads) -> dict[str, list[Record]]:
         if text and line[0] != ";":
             said[key.strip()] = text
     prompts = _spoken(sounds, _PROMPTS, said)
+    prompts = [r for r in prompts if len(r["speech"]) <= LONGEST_S * r["sample_rate"]]
     splits = divide(prompts, lambda record: [record["text"]], {"test": 0.1})
     found = dict(members(librivox, f"{_LIBRIVOX}transcription"))
     matches = map(
@@ -80,10 +83,10 @@ def _features() -> dict[str, Any]:
 SET = DataSet(
     info=SetInfo(
         name="jaxspeed_prompts",
-        version="1.0.0",
+        version="1.1.0",
         features=_features,
         description="train and test: prompts of the telephone system Asterisk, one voice, "
-        "8 kHz. librivox: five sentences of Sense and Sensibility, 16 kHz. 16-bit samples.",
+        "8 kHz, of at most 12 seconds. librivox: five sentences of Sense and Sensibility, 16 kHz. 16-bit samples.",
         licence="Asterisk CC BY-SA 3.0; LibriVox public domain",
     ),
     fetched="asterisk-core-sounds-en-wav and -en, pocketsphinx-testdata from apt, 20 MB",

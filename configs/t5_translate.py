@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""English to German, by a small T5 (9M parameters) from scratch on the help pages of LibreOffice.
+
+Once:      jaxspeed data jaxspeed_help_en_de    (32,000 sentence pairs, docs/data.md)
+Command:   python train.py configs/t5_translate.py
+Hardware:  any; measured ones are in benchmarks/results/tasks.md
+Expect:    BLEU and chrF on held-out pages, above those of copying the English and of the commonest sentences
+Next:      --init FLAN_T5_FOLDER (with its sizes by --model...), --data.path tfds:wmt16_translate/de-en
+"""
+
+from jaxspeed.config import (
+    CheckpointConfig,
+    DataConfig,
+    EvalConfig,
+    OptimConfig,
+    RunConfig,
+    ScheduleConfig,
+    TaskConfig,
+)
+from models.t5 import Config
+
+
+def config() -> RunConfig:
+    """Returns the recipe."""
+    return RunConfig(
+        model=Config(
+            vocab_size=8192,
+            num_layers=4,
+            num_decoder_layers=4,
+            num_heads=4,
+            d_model=256,
+            head_dim=64,
+            d_ff=768,
+            gated=True,
+            dropout=0.1,
+        ),
+        task=TaskConfig(
+            name="seq2seq",
+            input_fields=("en",),
+            target_field="de",
+            max_target_len=96,
+            buckets=(32, 64),
+        ),
+        steps=1500,
+        seq_len=96,
+        global_batch_size=64,
+        optim=OptimConfig(lr=2e-3, b2=0.98, weight_decay=0.01),
+        schedule=ScheduleConfig(warmup_steps=200),
+        data=DataConfig(path=("tfds:jaxspeed_help_en_de",), tokenizer="unigram"),
+        checkpoint=CheckpointConfig(every=250),
+        eval=EvalConfig(every=0, batches=0),
+    )
