@@ -114,7 +114,7 @@ class Labeller(Protocol):
 
     The head decides the result: logits (B, C) of the row's class, (B, S, C) of each token's
     class, or (B, S, 2) of each token as an answer's first and last one. Its Config states the
-    number of classes as `num_labels`.
+    number of classes as `num_labels` and their names, if known, as `labels`.
     """
 
     def __call__(

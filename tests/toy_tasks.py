@@ -26,6 +26,7 @@ class LabelConfig:
     d_model: int = 16
     head: Literal["row", "token", "word"] = "row"
     num_labels: int = 2
+    labels: tuple[str, ...] = ()
     dropout: float = 0.0
 
     def build(self, rngs: nnx.Rngs) -> "Labels":

@@ -160,12 +160,12 @@ class TokenClassification:
 
 
 class Labels:
-    """The classes of a run: their number is the model's, their names the configuration's."""
+    """The classes of a run: their number is the model's, their names the task's, or those that the model has."""
 
     def __init__(self, run: RunConfig) -> None:
         """Checks the names against the model."""
         self.count: int = run.model.num_labels
-        self.names = run.task.labels
+        self.names: tuple[str, ...] = run.task.labels or run.model.labels
         if self.names and len(self.names) != self.count:
             raise config_error(
                 "task.labels",
