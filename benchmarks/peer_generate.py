@@ -7,6 +7,8 @@ the environment of the extra hf; it imports torch and transformers.
     taskset -c 0 python benchmarks/peer_generate.py --folder runs/bench/gpt2 [--batch 1] [--bf16]
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 from generate_workload import arguments, prompts, report
@@ -23,15 +25,15 @@ def main() -> None:
             vocab_size=args.vocab, n_positions=256, n_embd=384, n_layer=6, n_head=6,
             bos_token_id=0, eos_token_id=None, pad_token_id=0,
         )  # fmt: skip
-        model = GPT2LMHeadModel(config)
+        new = GPT2LMHeadModel(config)
         with (
             torch.no_grad()
         ):  # as after training: greedy text does not repeat itself at once
-            for parameter in model.parameters():
+            for parameter in new.parameters():
                 parameter.add_(0.05 * torch.randn_like(parameter))
-        model.save_pretrained(args.folder)
-    model = GPT2LMHeadModel.from_pretrained(args.folder, attn_implementation="sdpa")
-    model = model.eval().to(torch.bfloat16 if args.bf16 else torch.float32)
+        new.save_pretrained(args.folder)
+    made: Any = GPT2LMHeadModel.from_pretrained(args.folder, attn_implementation="sdpa")
+    model: Any = made.eval().to(torch.bfloat16 if args.bf16 else torch.float32)
     ids = torch.from_numpy(prompts(args))
 
     def write() -> np.ndarray:

@@ -171,9 +171,8 @@ class Writer:
                 for i, text in enumerate(session.texts())
             ]
             if encoded is not None and copies > 1:
-                encoded = Encoded(
-                    *(x if x is None else np.repeat(x, copies, 0) for x in encoded)
-                )
+                again = functools.partial(np.repeat, repeats=copies, axis=0)
+                encoded = jax.tree.map(again, encoded)
             said, copies, left = texts, 1, left - session.count
 
     def _check(
@@ -418,7 +417,7 @@ class _Session:
     @property
     def count(self) -> int:
         """Tokens written into the longest row."""
-        return int(self._view.count)
+        return int(self._view.written)
 
     def advance(self, tokens: int, ended: np.ndarray) -> None:
         """Writes so many tokens more, fewer if all rows end; `ended` texts are left as they are."""
@@ -447,7 +446,8 @@ class _View(NamedTuple):
     logprobs: Array
     length: Array
     done: Array
-    count: Array
+    written: Array
+    """Tokens in the longest row."""
 
 
 def _padded(

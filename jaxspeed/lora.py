@@ -87,7 +87,7 @@ def find_targets(lora: LoraConfig, params: Params, dims: PyTree) -> dict[str, Ta
         names = named[dotted(path)] or ()
         if inputs := _inputs(names):
             keys = tuple(entry.key for entry in path)
-            stacked = int(names[0] == "layers")
+            stacked = int(names[:1] == ("layers",))
             known[dotted(path)] = Target(keys, leaf.shape, names, stacked, inputs)
     if not lora.targets:
         raise config_error(

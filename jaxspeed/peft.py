@@ -220,7 +220,8 @@ def _module(row: Row, inputs: int) -> _Module:
 
 
 def _row(name: str, paths: tuple[str, ...], theirs: str, ours: Sequence[str]) -> Row:
-    one = paths if len(paths) > 1 else paths[0]
+    first, *more = paths
+    one = paths if more else first
     return Row(name, one, f"{theirs} -> {' '.join(ours)}")
 
 
@@ -326,7 +327,7 @@ def _settings(
 
 def _short(name: str, modules: Sequence[_Module], names: Collection[str]) -> str:
     """Returns the end of a module's name that no module without an adapter has."""
-    others = names - {module.name for module in modules}
+    others = set(names) - {module.name for module in modules}
     words = name.split(".")
     for count in range(1, len(words)):
         end = ".".join(words[-count:])

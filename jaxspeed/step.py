@@ -223,9 +223,10 @@ def make_train_step(
 
         trained = part_of(params, spec.placements)
         updates, new_opt = tx.update(gradients, opt, trained, finite=finite)
+        updated: Any = optax.apply_updates(trained, updates)
         new_state = {
             **state,
-            "params": with_part(params, optax.apply_updates(trained, updates)),
+            "params": with_part(params, updated),
             "opt": new_opt,
             "step": state["step"] + 1,
             "skipped": state["skipped"] + jnp.where(finite, 0, 1),

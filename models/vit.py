@@ -9,7 +9,7 @@ Differs: dropout is one rate.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -278,7 +278,7 @@ def _read_config(hf: Mapping[str, Any]) -> Config:
         d_model=required(hf, "hidden_size"),
         d_ff=required(hf, "intermediate_size"),
         norm_eps=hf.get("layer_norm_eps", 1e-12),
-        head=head_of(hf, _HEADS),
+        head=cast(Any, head_of(hf, _HEADS)),
         **read_labels(hf),
     )
 

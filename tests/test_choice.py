@@ -93,4 +93,4 @@ def test_greedy_needs_no_key() -> None:
         choose(logits(), keys(s), rule_of(cfg), knobs_of(cfg), None) for s in (0, 1)
     ]
     np.testing.assert_array_equal(same[0], np.argmax(logits(), -1))
-    np.testing.assert_array_equal(*same)
+    np.testing.assert_array_equal(same[0], same[1])

@@ -121,7 +121,8 @@ def test_ledger_has_gradient_reductions_of_what_is_trained_alone(
 
 def test_frozen_parameters_are_stored_as_told() -> None:
     for stored, size in (("compute", 2), ("float32", 4), ("auto", 4)):
-        dtype = DTypeConfig(compute="bfloat16", frozen=stored)
+        frozen: Any = stored
+        dtype = DTypeConfig(compute="bfloat16", frozen=frozen)
         params = program(dtype=dtype).abstract_state["params"]
         assert params["embed"].dtype.itemsize == size
         assert params["layers"]["block"]["w"].dtype == jnp.float32

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -246,7 +247,7 @@ def test_new_head_that_would_be_frozen_is_refused(
         vocab_size=32, max_seq_len=8, num_layers=1, num_heads=2, d_model=8, d_ff=8, head="mlm",
     )  # fmt: skip
     zeros = lambda x: np.zeros(x.shape, np.float32)
-    loss = lambda model, batch: Sums(0.0, 1.0)
+    loss = lambda model, batch: Sums(jnp.float32(0), jnp.float32(1))
     shapes = build_program(
         RunConfig(model=cfg, steps=1, seq_len=8, micro_batch_size=1),
         loss_fn=loss,

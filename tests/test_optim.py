@@ -310,7 +310,8 @@ def test_group_of_a_pattern_has_its_own_rate_and_decay_the_last_one_deciding(nam
 
 @pytest.mark.parametrize("field", ["lr_groups", "decay_groups"])
 def test_group_of_no_parameter_is_refused(field):
-    cfg = OptimConfig(**{field: (("block.*", 2.0),)})
+    groups: Any = {field: (("block.*", 2.0),)}
+    cfg = OptimConfig(**groups)
     with pytest.raises(ConfigError, match=f"optim.{field}='block.*': matches none"):
         make_optimizer(cfg, CONSTANT, 1, DIMS).init(make_tree(0))
 

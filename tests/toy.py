@@ -82,8 +82,9 @@ class Toy(nnx.Module):
         """Returns the last hidden states."""
         del positions
         # Documents are not kept apart, but the padding of a prompt is.
-        writing = segment_ids is not None and current().cache is not None
-        real = segment_ids > 0 if writing else jnp.ones(inputs.shape, bool)
+        real = jnp.ones(inputs.shape, bool)
+        if segment_ids is not None and current().cache is not None:
+            real = segment_ids > 0
         return self.layers(ops.embed(self.embed[...], inputs), real.astype(jnp.int32))
 
     def output_embedding(self) -> jax.Array:

@@ -71,7 +71,7 @@ def train() -> Iterator[Train]:
     def build(
         cfg: DataConfig, corpus: Corpus, tokenizer: Tokenizer, **changes: Any
     ) -> grain.DatasetIterator:
-        shape = {"seq_len": 16, "global_batch_size": 4, "seed": 7} | changes
+        shape: Any = {"seq_len": 16, "global_batch_size": 4, "seed": 7} | changes
         iterator = train_iterator(cfg, corpus, tokenizer, **shape)
         given.append(iterator)
         return iterator
@@ -345,7 +345,7 @@ assert "tensorflow" not in sys.modules
 def held_out(
     cfg: DataConfig, corpus: Corpus, tokenizer: Tokenizer, **f: Any
 ) -> EvalSet:
-    shape = {"seq_len": 16, "global_batch_size": 4, "batches": 0} | f
+    shape: Any = {"seq_len": 16, "global_batch_size": 4, "batches": 0} | f
     return EvalSet(cfg=cfg, corpus=corpus, tokenizer=tokenizer, **shape)
 
 

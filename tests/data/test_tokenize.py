@@ -97,7 +97,7 @@ def test_ids_are_in_the_vocabulary_and_never_the_end(
 def test_bytes_of_the_tokens_add_up_to_the_text(
     tokenizer: Tokenizer, text: str
 ) -> None:
-    ids, num_bytes = tokenizer.encode_with_bytes(text)
+    ids, num_bytes = tokenizer.encode_with_bytes(text)[:2]
     assert num_bytes is not None
     np.testing.assert_array_equal(ids, tokenizer.encode(text))
     assert len(num_bytes) == len(ids) + 1
@@ -122,7 +122,7 @@ def test_decoding_stands_any_ids() -> None:
 
 def test_bytes_are_counted_where_their_token_is(bpe: SubwordTokenizer) -> None:
     text = "the question \u20ac the"
-    ids, num_bytes = bpe.encode_with_bytes(text)
+    ids, num_bytes = bpe.encode_with_bytes(text)[:2]
     assert num_bytes is not None
     spelled = [len(bpe.decode([i]).encode()) for i in ids[:5].tolist()]
     np.testing.assert_array_equal(num_bytes[:5], spelled)

@@ -171,7 +171,7 @@ def answered(rng: np.random.Generator, rows: int) -> dict[str, np.ndarray]:
 
 RESIDUAL = 0.02 / math.sqrt(2 * L)
 RECURRENT = {"w_in": D**-0.5, "w_rec": D**-0.5}
-IMAGE = {"image_size": PIXELS, "patch_size": PATCH}
+IMAGE: Any = {"image_size": PIXELS, "patch_size": PATCH}
 OPT: dict[str, float] = dict.fromkeys(
     ("embed", "positions", "wq", "wk", "wv", "w_up"), 0.006
 )

@@ -199,7 +199,7 @@ def test_dropout_is_on_the_way_into_the_adapter_alone() -> None:
 
 
 def test_adapter_elsewhere_than_in_a_product_is_refused() -> None:
-    weight = Adapted(
+    weight: Any = Adapted(
         jnp.ones((2, 2)), jnp.ones((2, 1)), jnp.ones((1, 2)), "x.w", 1.0, 0.0
     )
     assert weight[...] is weight

@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxspeed import ops
 from jaxspeed.ambient import ambient
 from jaxspeed.cache import Cache
-from jaxspeed.ops import recurrence
 
+
+recurrence: Any = ops.recurrence
 
 B, T, D, F = 3, 7, 5, 4
 GATES = {"lstm": 4, "gru": 3}
