@@ -22,6 +22,7 @@ from jaxspeed import launch, nn
 from jaxspeed.checkpoint import Checkpointer
 from jaxspeed.config import ConfigError, RunConfig, ScheduleConfig, to_dict
 from jaxspeed.deepspeed_json import Answer, apply_deepspeed, load_deepspeed_json
+from jaxspeed.lora import without
 from jaxspeed.program import Program, State, build_program, notices
 from jaxspeed.step import make_grad_fn
 from jaxspeed.types import LossFn, Params, TrainingError
@@ -94,7 +95,8 @@ def initialize(
         move = lambda x, like: jax.device_put(
             np.asarray(x, like.dtype), like.sharding, may_alias=False
         )
-        state["params"] = jax.tree.map(move, values, program.abstract_state["params"])
+        shapes = without(program.abstract_state["params"])
+        state["params"] |= jax.tree.map(move, values, shapes)
     return Engine(program, state, answers)
 
 

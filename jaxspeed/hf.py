@@ -22,6 +22,7 @@ import jax
 import numpy as np
 
 from jaxspeed.config import ConfigError, suggest
+from jaxspeed.paths import dotted, paths_of
 from jaxspeed.tensorfiles import TensorInfo, read_folder, write_folder
 from jaxspeed.types import Params
 
@@ -199,12 +200,12 @@ def import_params(
         new_head=fresh is not None,
     )
     leaves, tree = jax.tree_util.tree_flatten_with_path(abstract_params)
-    new = {_dotted(path): leaf for path, leaf in _leaves_of(fresh)}
+    new = paths_of(fresh)
 
     def take(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        part = parts.get(_dotted(path))
+        part = parts.get(dotted(path))
         if part is None:
-            return new[_dotted(path)]
+            return new[dotted(path)]
         read: Any = functools.partial(read_shard, part, tensors, leaf)
         return jax.make_array_from_callback(leaf.shape, leaf.sharding, read)
 
@@ -233,7 +234,7 @@ def check_tensors(
     Raises:
         ConfigError: one is missing, unknown or of another shape.
     """
-    shapes = {_dotted(path): leaf for path, leaf in _leaves_of(abstract_params)}
+    shapes = paths_of(abstract_params)
     exchange = exchange_of(model_config)
     heads = f"(?:{exchange.heads})|(?:{exchange.pooling})"
     of_head = lambda name: re.fullmatch(heads, name) is not None
@@ -294,7 +295,7 @@ def export_params(
         ConfigError: the folder holds a model, or cannot be written.
     """
     exchange = exchange_of(model_config)
-    arrays = {_dotted(path): leaf for path, leaf in _leaves_of(params)}
+    arrays = paths_of(params)
     parts = parts_of(exchange.rows(model_config), arrays)
     return write_model(
         folder,
@@ -526,14 +527,6 @@ def head_paths(model_config: Any) -> set[str]:
     rows = exchange.rows(model_config)
     heads = [row for row in rows if re.fullmatch(exchange.heads, row.theirs)]
     return {path for row in heads for path in row.paths}
-
-
-def _leaves_of(params: Params | None) -> list[tuple[Any, Any]]:
-    return jax.tree_util.tree_leaves_with_path(params)
-
-
-def _dotted(path: Any) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
 def _some(names: Sequence[str]) -> str:

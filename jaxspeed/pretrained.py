@@ -46,7 +46,7 @@ from jaxspeed.lora import (
     frozen_paths,
     with_adapters,
 )
-from jaxspeed.paths import paths_of
+from jaxspeed.paths import dotted, paths_of
 from jaxspeed.peft import write_adapters
 from jaxspeed.program import Program, build_program
 from jaxspeed.state import with_shardings
@@ -253,9 +253,8 @@ def _with_new_head(
     path: str | Path, there: Any, cfg: Any, abstract_params: Params, fresh: Params
 ) -> Params:
     """Returns a run's parameters, but for the head, and those of `fresh` for that."""
-    dotted = lambda path: jax.tree_util.keystr(path, simple=True, separator=".")
     taken, tree = jax.tree_util.tree_flatten_with_path(abstract_params)
-    wanted = {dotted(path): leaf for path, leaf in taken}
+    wanted = paths_of(abstract_params)
     whole = jax.sharding.NamedSharding(
         taken[0][1].sharding.mesh, jax.sharding.PartitionSpec()
     )

@@ -18,10 +18,11 @@ from jaxspeed.config import (
     MeshConfig,
     OptimConfig,
 )
+from jaxspeed.engine import initialize
 from jaxspeed.generate import Writer
 from jaxspeed.ledger import read_ledger
 from jaxspeed.lora import find_targets, folded, without
-from jaxspeed.nn import abstract, rngs
+from jaxspeed.nn import abstract, rngs, split
 from jaxspeed.program import Program, build_program
 from jaxspeed.sampling import SamplingConfig
 from jaxspeed.sharding import part_of
@@ -244,6 +245,18 @@ def test_both_factors_are_decayed_as_matrices_are() -> None:
     )
     np.testing.assert_allclose(pair["a"], before["a"] * (1 - 0.1 * 0.25), rtol=1e-6)
     np.testing.assert_allclose(pair["b"], before["b"] * (1 - 0.1 * 0.5), rtol=1e-6)
+
+
+def test_module_that_exists_gets_adapters_too() -> None:
+    module = Config().build(rngs(jax.random.key(5)))
+    engine = initialize(
+        model=module, config=run_of(lora=LORA), devices=jax.devices()[:1]
+    )
+    before = host(split(module)[1])
+    assert_same(without(engine.params), before)
+    engine.train_batch(batch_of())
+    assert_same(without(engine.params), before)
+    assert np.any(host(engine.params)["lora"]["layers"]["block"]["w"]["b"] != 0)
 
 
 TARGETS = {

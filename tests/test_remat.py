@@ -76,6 +76,23 @@ def test_policy_that_keeps_products_does_none_again(policy: str) -> None:
     assert kept(policy)[(B, F)] >= 1
 
 
+@pytest.mark.parametrize("policy", ["none", "dots"])
+@pytest.mark.parametrize(("rank", "keeps"), [(1, False), (2, True)])
+def test_result_that_is_far_wider_than_its_operand_is_not_kept(
+    policy: str, rank: int, keeps: bool
+) -> None:
+    """An adapter's two products beside its matrix's own: of the sum one term is kept."""
+
+    def layer(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+        return jnp.sin(linear(x, jnp.ones((D, F))) + linear(linear(x, a), b))
+
+    shapes = [(B, D), (D, rank), (rank, F)]
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    run = checkpoint_layer(layer, policy)
+    residuals = jax.tree.leaves(jax.eval_shape(lambda *x: jax.vjp(run, *x)[1], *arrays))
+    assert sum(x.shape == (B, F) for x in residuals) == 1 + keeps
+
+
 def test_full_does_the_products_of_the_forward_pass_again() -> None:
     assert products_of_a_step("full") == 8
 
