@@ -23,8 +23,8 @@ B, T, V = 2, 12, 48
 SIZES = rnn.Config(vocab_size=V, num_layers=3, d_model=20)
 CONFIGS = {
     "lstm": SIZES,
-    "lstm, projected": dataclasses.replace(SIZES, d_embed=12),
-    "gru": dataclasses.replace(SIZES, cell="gru", tie_embeddings=False),
+    "lstm, projected": dataclasses.replace(SIZES, d_embed=12, tie_embeddings=True),
+    "gru": dataclasses.replace(SIZES, cell="gru"),
 }
 
 
@@ -63,8 +63,8 @@ def test_exported_folder_is_the_state_dict_of_the_torch_module_in_the_docs(
     torch: Any = pytest.importorskip("torch")
     safetensors: Any = pytest.importorskip("safetensors.torch")
     page = Path(__file__).parents[2] / "docs" / "families.md"
-    shown = page.read_text().split("```python\n")[1].split("```")[0]
-    (tmp_path / "shown_module.py").write_text(shown)
+    shown = page.read_text().split("```python\nimport torch\n")[1].split("```")[0]
+    (tmp_path / "shown_module.py").write_text(f"import torch\n{shown}")
     monkeypatch.syspath_prepend(tmp_path)
     cfg = case.program.run.model
     module = importlib.import_module("shown_module").LanguageModel(

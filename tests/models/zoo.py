@@ -170,7 +170,7 @@ def answered(rng: np.random.Generator, rows: int) -> dict[str, np.ndarray]:
 
 
 RESIDUAL = 0.02 / math.sqrt(2 * L)
-RECURRENT = {"w_in": D**-0.5, "w_rec": D**-0.5}
+RECURRENT = {"w_in": D**-0.5, "w_rec": D**-0.5, "embed": 1.0}
 IMAGE: Any = {"image_size": PIXELS, "patch_size": PATCH}
 OPT: dict[str, float] = dict.fromkeys(
     ("embed", "positions", "wq", "wk", "wv", "w_up"), 0.006
@@ -254,7 +254,7 @@ ZOO: dict[str, Member] = {
         stds=RECURRENT,
     ),
     "gru": Member(
-        rnn.Config(cell="gru", vocab_size=V, num_layers=L, d_model=D, d_embed=16, tie_embeddings=False),
+        rnn.Config(cell="gru", vocab_size=V, num_layers=L, d_model=D, d_embed=16, tie_embeddings=True),
         "recurrent",
         next_token_loss,
         text,

@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A byte-level LSTM on the bundled Shakespeare."""
+
+from jaxspeed.config import (
+    CheckpointConfig,
+    DTypeConfig,
+    EvalConfig,
+    OptimConfig,
+    RunConfig,
+    ScheduleConfig,
+)
+from models.rnn import Config
+
+
+def config() -> RunConfig:
+    """Returns the recipe."""
+    return RunConfig(
+        model=Config(cell="lstm", vocab_size=264, num_layers=2, d_model=224),
+        steps=400,
+        seq_len=128,
+        global_batch_size=32,
+        dtype=DTypeConfig(compute="float32"),
+        optim=OptimConfig(name="adamw", lr=4e-3, b2=0.99, weight_decay=0.01),
+        schedule=ScheduleConfig(warmup_steps=20),
+        checkpoint=CheckpointConfig(every=100),
+        eval=EvalConfig(every=200, batches=8, prompt="\nROMEO."),
+    )
