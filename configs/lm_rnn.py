@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A byte-level LSTM on the bundled Shakespeare."""
+"""A byte-level LSTM on the bundled Shakespeare, of the size and on as much text as the Transformer of configs/tiny.py.
+
+Command:   python train.py configs/lm_rnn.py
+Hardware:  any; two CPU cores take a few minutes
+Next:      --model.cell gru, --data.path my.txt
+"""
 
 from jaxspeed.config import (
     CheckpointConfig,

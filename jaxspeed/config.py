@@ -470,6 +470,7 @@ TaskName = Literal[
     "seq2seq",
     "speech",
     "image_qa",
+    "image_classification",
 ]
 
 _RECORDS = frozenset({"input_fields", "target_field", "buckets", "pool_batches"})
@@ -488,6 +489,7 @@ TASK_FIELDS: Mapping[str, frozenset[str]] = {
     "seq2seq": _RECORDS | _WRITTEN | {"prefix", "max_target_len"},
     "speech": _RECORDS | _WRITTEN | {"sample_rate"},
     "image_qa": _RECORDS | {"metrics", "prefix"},
+    "image_classification": frozenset({"input_fields", "target_field", "labels"}),
 }
 """What each task reads of `TaskConfig`."""
 
@@ -499,6 +501,7 @@ TASK_COLUMNS: Mapping[str, tuple[tuple[str, ...], str]] = {
     "seq2seq": (("source",), "target"),
     "speech": (("speech",), "text"),
     "image_qa": (("image", "question"), "answer"),
+    "image_classification": (("image",), "label"),
 }
 """Fields of a record that hold a task's inputs and its target, unless the configuration names others."""
 
@@ -511,6 +514,7 @@ TASK_METRICS: Mapping[str, tuple[str, ...]] = {
 """What is measured of written answers, unless the configuration names others."""
 
 TASK_SETTINGS: Mapping[str, frozenset[str]] = {
+    "data.tokenizer": frozenset(TASK_FIELDS) - {"image_classification"},
     "data.text_field": frozenset({"lm", "masked_lm", "span_corruption"}),
     "data.document_mask": frozenset({"lm", "masked_lm", "span_corruption", "sft"}),
     "eval.sample_tokens": frozenset({"lm"}),
@@ -526,7 +530,8 @@ class TaskConfig:
 
     seq_len is the length of a row of tokens: of the text (lm, masked_lm, span_corruption,
     classification, token_classification), of prompt and answer (sft, image_qa), of question and
-    passage (question_answering), of the source (seq2seq), of the transcript (speech).
+    passage (question_answering), of the source (seq2seq), of the transcript (speech); of what a
+    model makes of an image, where no step depends on it (image_classification).
     """
 
     name: TaskName = "lm"

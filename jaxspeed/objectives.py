@@ -180,5 +180,12 @@ OBJECTIVES: Mapping[str, Objective] = {
     ),
     "speech": Objective(seq2seq_loss, _features),
     "image_qa": Objective(seq2seq_loss, _features),
+    "image_classification": Objective(
+        classification_loss,
+        lambda run, length: {
+            "inputs": Leaf(run.model.feature_shape, np.float32),
+            "labels": _NONE,
+        },
+    ),
 }
 """By the names of `TaskConfig.name`."""

@@ -17,7 +17,11 @@ from jaxspeed.program import Program, build_program
 from jaxspeed.tasks.answers import QuestionAnswering
 from jaxspeed.tasks.base import Evaluation, Task
 from jaxspeed.tasks.denoising import Denoising, HiddenSpans, MaskedTokens
-from jaxspeed.tasks.labels import Classification, TokenClassification
+from jaxspeed.tasks.labels import (
+    Classification,
+    ImageClassification,
+    TokenClassification,
+)
 from jaxspeed.tasks.language import LanguageModel
 from jaxspeed.tasks.prompted import PromptAndAnswer
 from jaxspeed.tasks.records import RecordTask
@@ -42,6 +46,9 @@ TASKS: Mapping[str, Callable[[RunConfig, Program], Task]] = {
             ("image_qa", ImageQuestions),
         )
     },
+    "image_classification": functools.partial(
+        RecordTask, make_kind=ImageClassification, reads_text=False
+    ),
 }
 """By the names of `TaskConfig.name`."""
 

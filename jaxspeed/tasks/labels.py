@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Classes of texts and of words."""
+"""Classes of texts, of words and of images."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,6 +13,7 @@ from jaxspeed.data import Tokenizer
 from jaxspeed.data.documents import Record
 from jaxspeed.losses import label_logits, label_sums
 from jaxspeed.program import Program
+from jaxspeed.tasks.features import pixels_in
 from jaxspeed.tasks.records import (
     Answered,
     BadRecordError,
@@ -59,16 +60,42 @@ class Classification:
 
     def score(self, answered: Sequence[Answered]) -> dict[str, float]:
         """Returns accuracy and F1."""
-        gold = [self._labels.number(x.record[self._target], "") for x in answered]
-        predicted = [int(x.outputs[0]) for x in answered]
-        return class_scores(gold, predicted, self._labels.count)
+        return self._labels.score(answered, self._target)
 
     def show(self, answered: Answered) -> str:
         """Returns the text with the model's and the true class."""
         texts = " | ".join(answered.record[field] for field in self._inputs)
-        label = self._labels.number(answered.record[self._target], "")
-        says, true = map(self._labels.name, (int(answered.outputs[0]), label))
-        return f"{texts[:300]}\n-> {says} (true: {true})"
+        return f"{texts[:300]}\n{self._labels.show(answered, self._target)}"
+
+
+class ImageClassification:
+    """The class of an image."""
+
+    parts = None
+
+    def __init__(self, run: RunConfig, tokenizer: Tokenizer) -> None:
+        """Asks the model for the shape of an image."""
+        del tokenizer
+        (self._image,), self._target = columns_of(run)
+        self._labels, self._shape = Labels(run), run.model.feature_shape
+
+    def encode(self, record: Record) -> Sequence[Item]:
+        """Returns the pixels and the number of their class."""
+        image = pixels_in(record, self._image, self._shape)
+        label = self._labels.number(record[self._target], self._target)
+        return [Item({"inputs": image, "labels": np.asarray(label, np.int32)})]
+
+    def reader(self, program: Program, params: Params) -> Inference:
+        """Returns what gives the loss and the likeliest class of each image."""
+        return predicted(program, params, _likeliest_of_rows)
+
+    def score(self, answered: Sequence[Answered]) -> dict[str, float]:
+        """Returns accuracy and F1."""
+        return self._labels.score(answered, self._target)
+
+    def show(self, answered: Answered) -> str:
+        """Returns the model's and the true class."""
+        return self._labels.show(answered, self._target)
 
 
 class TokenClassification:
@@ -201,6 +228,17 @@ class Labels:
     def name(self, number: int) -> str:
         """Returns the name of a class, or its number."""
         return self.names[number] if self.names else str(number)
+
+    def score(self, answered: Sequence[Answered], field: str) -> dict[str, float]:
+        """Returns accuracy and F1 of records that have one class each, in this field."""
+        gold = [self.number(one.record[field], field) for one in answered]
+        says = [int(one.outputs[0]) for one in answered]
+        return class_scores(gold, says, self.count)
+
+    def show(self, answered: Answered, field: str) -> str:
+        """Returns the class that the model gives such a record, and the true one."""
+        true = self.name(self.number(answered.record[field], field))
+        return f"-> {self.name(int(answered.outputs[0]))} (true: {true})"
 
 
 def _likeliest_of_rows(model: Any, batch: Batch) -> tuple[Sums, jax.Array]:

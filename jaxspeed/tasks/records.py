@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from jaxspeed.config import TASK_COLUMNS, ConfigError, RunConfig, config_error
-from jaxspeed.data import Tokenizer, build_tokenizer
+from jaxspeed.data import ByteTokenizer, Tokenizer, build_tokenizer
 from jaxspeed.data.buckets import BatchSpec, Example, bucket_of
 from jaxspeed.data.corpus import open_record_corpus
 from jaxspeed.data.documents import Joined, Record, RecordSource, Selected
@@ -189,6 +189,8 @@ class RecordTask:
         run: RunConfig,
         program: Program,
         make_kind: Callable[[RunConfig, Tokenizer], Kind],
+        *,
+        reads_text: bool = True,
     ) -> None:
         """Opens the records.
 
@@ -196,8 +198,9 @@ class RecordTask:
             run: the configuration.
             program: its static part.
             make_kind: what the task makes of a record, given the tokenizer.
+            reads_text: without, there is no tokenizer to read or train; bytes stand in.
         """
-        self.run, self._make_kind = run, make_kind
+        self.run, self._make_kind, self._reads_text = run, make_kind, reads_text
         self.columns = columns_of(run)
         inputs, target = self.columns
         self.corpus = open_record_corpus(run.data, [*inputs, target])
@@ -215,14 +218,16 @@ class RecordTask:
 
     def prepare(self, workdir: Path) -> None:
         """Reads or trains the tokenizer, and looks at some records."""
-        self.tokenizer = build_tokenizer(
-            self.run.data,
-            [Texts(source) for source in self.corpus.train],
-            vocab_size=self.run.model.vocab_size,
-            workdir=workdir,
-            init=self.run.init,
-            leads=jax.process_index() == 0,
-        )
+        self.tokenizer = ByteTokenizer()
+        if self._reads_text:
+            self.tokenizer = build_tokenizer(
+                self.run.data,
+                [Texts(source) for source in self.corpus.train],
+                vocab_size=self.run.model.vocab_size,
+                workdir=workdir,
+                init=self.run.init,
+                leads=jax.process_index() == 0,
+            )
         self.kind = self._make_kind(self.run, self.tokenizer)
         self._examples = [
             Examples("data.path", source, self.kind) for source in self.corpus.train

@@ -14,8 +14,9 @@ from jaxspeed.config import ConfigError, RunConfig
 from jaxspeed.loop import fit
 from jaxspeed.metrics import read_metrics
 from jaxspeed.program import Program
-from jaxspeed.tasks import Task
+from jaxspeed.tasks import Evaluation, Task
 from jaxspeed.tasks.scores import class_scores, entity_f1
+from models import vit
 from tests.command import records
 from tests.toy_tasks import LabelConfig
 
@@ -55,6 +56,34 @@ def test_classification_is_learnt_and_measured(
     assert "compiling the step for inputs (1, 8, 16)" in out
     assert "12 held-out records: loss" in out
     assert "(true: yes)" in (result.workdir / "samples.jsonl").read_text()
+
+
+IMAGES = vit.Config(
+    image_size=8, patch_size=4, num_layers=1, num_heads=2, d_model=16, d_ff=16
+)
+
+
+def test_classes_of_images_are_learnt_without_a_tokenizer(
+    make_run: MakeRun, trained: Callable[[RunConfig], Evaluation]
+) -> None:
+    draw = np.random.default_rng(0)
+    rows = []
+    for n in range(40):
+        pixels = draw.integers(0, 100, (8, 8, 3)) + 150 * (n % 2)
+        rows.append({"image": pixels.tolist(), "label": ["dark", "bright"][n % 2]})
+    run = make_run(
+        IMAGES, rows, name="image_classification", labels=("dark", "bright"), run={"steps": 15},
+    )  # fmt: skip
+    evaluation = trained(run)
+    assert evaluation.metrics["eval/accuracy"] == 1.0
+    assert "-> bright (true: bright)" in evaluation.samples
+
+
+def test_a_tokenizer_for_images_is_refused(make_run: MakeRun) -> None:
+    run = make_run(IMAGES, [], name="image_classification", data={"tokenizer": "bpe"})
+    message = "data.tokenizer='bpe' has no effect with task.name='image_classification'"
+    with pytest.raises(ConfigError, match=message):
+        run.validate(1)
 
 
 @pytest.mark.slow
