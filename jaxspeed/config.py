@@ -473,23 +473,22 @@ TaskName = Literal[
     "image_classification",
 ]
 
-_RECORDS = frozenset({"input_fields", "target_field", "buckets", "pool_batches"})
+_FIELDS = frozenset({"input_fields", "target_field"})
+_RECORDS = _FIELDS | {"buckets", "pool_batches"}
 _WRITTEN = frozenset({"metrics", "decoder_prompt"})
 
 TASK_FIELDS: Mapping[str, frozenset[str]] = {
     "lm": frozenset(),
     "masked_lm": frozenset({"mask_rate", "whole_word"}),
     "span_corruption": frozenset({"mask_rate", "mean_span"}),
-    "sft": frozenset(
-        {"input_fields", "target_field", "prefix", "max_target_len", "metrics"}
-    ),
+    "sft": _FIELDS | {"prefix", "max_target_len", "metrics"},
     "classification": _RECORDS | {"labels", "prefix"},
     "token_classification": _RECORDS | {"labels"},
     "question_answering": _RECORDS | {"stride", "max_answer_len"},
     "seq2seq": _RECORDS | _WRITTEN | {"prefix", "max_target_len"},
     "speech": _RECORDS | _WRITTEN | {"sample_rate"},
     "image_qa": _RECORDS | {"metrics", "prefix"},
-    "image_classification": frozenset({"input_fields", "target_field", "labels"}),
+    "image_classification": _FIELDS | {"labels"},
 }
 """What each task reads of `TaskConfig`."""
 
@@ -517,10 +516,9 @@ TASK_SETTINGS: Mapping[str, frozenset[str]] = {
     "data.tokenizer": frozenset(TASK_FIELDS) - {"image_classification"},
     "data.text_field": frozenset({"lm", "masked_lm", "span_corruption"}),
     "data.document_mask": frozenset({"lm", "masked_lm", "span_corruption", "sft"}),
-    "eval.sample_tokens": frozenset({"lm"}),
-    "eval.prompt": frozenset({"lm"}),
-    "eval.temperature": frozenset({"lm"}),
-}
+} | dict.fromkeys(
+    ("eval.sample_tokens", "eval.prompt", "eval.temperature"), frozenset({"lm"})
+)
 """Which tasks read these settings of other sections; all tasks read those that are not here."""  # fmt: skip
 
 
@@ -530,8 +528,7 @@ class TaskConfig:
 
     seq_len is the length of a row of tokens: of the text (lm, masked_lm, span_corruption,
     classification, token_classification), of prompt and answer (sft, image_qa), of question and
-    passage (question_answering), of the source (seq2seq), of the transcript (speech); of what a
-    model makes of an image, where no step depends on it (image_classification).
+    passage (question_answering), of the source (seq2seq), of the transcript (speech).
     """
 
     name: TaskName = "lm"
