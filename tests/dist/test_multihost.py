@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Several processes that form one job train as one process with their devices does."""
 
+import json
 import signal
 import socket
 import subprocess
@@ -127,3 +128,42 @@ def test_process_whose_partner_dies_does_not_hang(
     ended = end(processes[0])
     assert ended.code == 2
     assert "error: another process of the job is gone" in ended.err
+
+
+WRITING = """
+from jaxspeed.config import DataConfig, DTypeConfig, EvalConfig, OptimConfig, RunConfig
+from jaxspeed.config import ScheduleConfig, TaskConfig
+from tests.toy_tasks import PairConfig
+
+
+def config():
+    return RunConfig(
+        model=PairConfig(),
+        steps=6,
+        seq_len=16,
+        global_batch_size=8,
+        dtype=DTypeConfig(compute="float32"),
+        optim=OptimConfig(lr=3e-2),
+        schedule=ScheduleConfig(name="constant"),
+        data=DataConfig(path=({path!r},), eval_fraction=0.3),
+        task=TaskConfig(name="seq2seq", max_target_len=8, metrics=("accuracy",)),
+        eval=EvalConfig(every=0, batches=0),
+        log_every=1,
+        compile_cache={compile_cache!r},
+    )
+"""
+
+
+def test_two_processes_write_what_one_does(tmp_path: Path) -> None:
+    pairs = [{"source": "ab" * (n % 7 + 1), "target": "xyz"[n % 3]} for n in range(40)]
+    data, path = tmp_path / "pairs.jsonl", tmp_path / "writing.py"
+    data.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    cache = str(tmp_path / "xla")
+    path.write_text(WRITING.format(path=str(data), compile_cache=cache))
+    recipe = Recipe(path, data)
+    recipe.run(tmp_path / "one", "--virtual_devices", "4")
+    end_job(start_job(recipe, tmp_path / "two", 2))
+    one, two = records(tmp_path / "one"), records(tmp_path / "two")
+    assert one[-1].keys() == two[-1].keys() >= {"eval/accuracy", "eval/loss"}
+    for ours, theirs in zip(one, two, strict=True):
+        assert ours == pytest.approx(theirs, rel=3e-5)
