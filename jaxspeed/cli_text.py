@@ -132,7 +132,7 @@ def add_text_commands(commands: Any) -> None:
 
 
 def _add_sampling(command: Any, *, temperature: float) -> None:
-    defaults = {"temperature": temperature, "max_new_tokens": 128}
+    defaults = {"temperature": temperature, "max_new_tokens": None}
     for field in dataclasses.fields(SamplingConfig):
         if command.prog.endswith("chat") and field.name == "num_samples":
             continue
@@ -147,7 +147,7 @@ def _add_sampling(command: Any, *, temperature: float) -> None:
 
 
 SAMPLING_HELP = {
-    "max_new_tokens": "tokens to write, at most (default %(default)s)",
+    "max_new_tokens": f"tokens to write, at most ({SamplingConfig.max_new_tokens} if not given, or what the model has room for)",
     "min_new_tokens": "tokens before the text may end",
     "temperature": "divides the logits; 0 takes the likeliest token (default %(default)s)",
     "top_k": "draw from so many likeliest tokens; 0: from all",
@@ -200,6 +200,8 @@ def _open(args: argparse.Namespace) -> dict[str, Any]:
 
 def _sampling(args: argparse.Namespace, **changes: Any) -> SamplingConfig:
     given = vars(args) | changes
+    if given["max_new_tokens"] is None:
+        given["max_new_tokens"] = SamplingConfig.max_new_tokens
     names = [f.name for f in dataclasses.fields(SamplingConfig) if f.name in given]
     values = {name: given[name] for name in names}
     stop = tuple(text.encode().decode("unicode_escape") for text in values["stop"])
@@ -207,7 +209,7 @@ def _sampling(args: argparse.Namespace, **changes: Any) -> SamplingConfig:
 
 
 def _generate(args: argparse.Namespace) -> int:
-    sampling = _sampling(args)
+    _sampling(args)  # what cannot be is said before the model is read
     if not (args.prompt or args.prompt_ids or args.audio):
         raise ConfigError(
             "prompt: there is none; give --prompt TEXT, or --prompt-ids 5,17,3"
@@ -221,6 +223,7 @@ def _generate(args: argparse.Namespace) -> int:
     source = model.hear(args.audio) if args.audio else None
     if source is not None and not rows:
         rows = [_ids("")] * len(source)
+    sampling = _sampling(args, max_new_tokens=_room(args, model, rows))
     alone = len(rows) == 1 and sampling.num_samples == 1
     shown = alone and not args.json and model.tokenizer is not None
     texts: list[Text] = []
@@ -246,6 +249,14 @@ def _generate(args: argparse.Namespace) -> int:
             words = _trimmed(model, text, sampling.stop)
             sys.stdout.write(f"--- prompt {prompt + 1}, text {sample + 1}\n{words}\n")
     return 0
+
+
+def _room(args: argparse.Namespace, model: "TextModel", rows: Sequence[Any]) -> Any:
+    """Returns the tokens to write: those asked for, else what there is room for, up to the usual."""
+    if args.max_new_tokens is not None or not model.room or model.reads_source:
+        return args.max_new_tokens
+    left = model.room + 1 - max(map(len, rows)) - (model.start_id is not None)
+    return max(args.min_new_tokens, 1, min(SamplingConfig.max_new_tokens, left))
 
 
 def _ids(text: str) -> Any:
@@ -315,7 +326,10 @@ def _chat(args: argparse.Namespace) -> int:
 
     model = open_writer(args.model, **_open(args))
     stop = [*args.stop, *model.answer_stop]
-    sampling = _sampling(args, stop=stop, num_samples=1)
+    usual = args.max_new_tokens
+    if usual is None and model.room:
+        usual = min(SamplingConfig.max_new_tokens, max(1, model.room // 2))
+    sampling = _sampling(args, stop=stop, num_samples=1, max_new_tokens=usual)
     show = sys.stdout.write
     if model.template is None:
         show("the model has no chat template: it reads `User: ...` and `Assistant:`\n")

@@ -97,7 +97,7 @@ def content(folder: Path) -> dict[str, bytes]:
         ("--seq_len 17", ["seq_len=17", "the model has 16 positions"]),
         ("--mesh.data 16", ["mesh", "a multiple of 16 devices but there are 8"]),
         ("--mesh.fsdp 16", ["asks for 16 devices but there are 8"]),
-        ("--model.vocab_size 99", ["data.tokenizer='byte'", "257 ids", "only 99"]),
+        ("--model.vocab_size 99", ["data.tokenizer='auto'", "257 ids", "only 99"]),
         ("--init nowhere", ["nowhere", "there: none"]),
         ("--resume must", ["no whole checkpoint", "there: none"]),
         ("--loss_scale.window 5", ["loss_scale has no effect with dtype.compute"]),

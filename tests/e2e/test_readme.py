@@ -70,8 +70,12 @@ def run(command: str, folder: Path, *flags: str) -> str:
     return done.stdout
 
 
+FETCHED = "--init ~/.cache"
+"""In commands that train on what `jaxspeed data` fetched."""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("command", commands("python"))
+@pytest.mark.parametrize("command", [c for c in commands("python") if FETCHED not in c])
 def test_training_commands(command: str, folder: Path) -> None:
     out = run(command, folder, *([] if "--help" in command else SMALL))
     assert "--optim.lr" in out if "--help" in command else "done: step 2" in out
@@ -79,7 +83,24 @@ def test_training_commands(command: str, folder: Path) -> None:
         assert "zero_optimization.stage" in out
 
 
-@pytest.mark.parametrize("command", commands("jaxspeed"))
+@pytest.mark.parametrize("command", [c for c in commands("python") if FETCHED in c])
+def test_recipes_for_fetched_data_and_weights_are_there(command: str) -> None:
+    _, _, recipe, *flags = ["", *shlex.split(command)]
+    assert override(load_recipe(str(ROOT / recipe)), flags, prog="train.py").init
+
+
+@pytest.mark.parametrize(
+    "command", [c for c in commands("jaxspeed") if c.startswith("jaxspeed data ")]
+)
+def test_sets_and_weights_exist(command: str, folder: Path) -> None:
+    """Without fetching them: that needs a network."""
+    known = run("jaxspeed data --list", folder)
+    assert all(name in known for name in command.split()[2:])
+
+
+@pytest.mark.parametrize(
+    "command", [c for c in commands("jaxspeed") if not c.startswith("jaxspeed data ")]
+)
 def test_other_commands(command: str, folder: Path) -> None:
     if "runs/tiny" in command:
         run(
