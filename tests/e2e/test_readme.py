@@ -85,7 +85,7 @@ def test_training_commands(command: str, folder: Path) -> None:
 
 @pytest.mark.parametrize("command", [c for c in commands("python") if FETCHED in c])
 def test_recipes_for_fetched_data_and_weights_are_there(command: str) -> None:
-    _, _, recipe, *flags = ["", *shlex.split(command)]
+    _, _, recipe, *flags = shlex.split(command)
     assert override(load_recipe(str(ROOT / recipe)), flags, prog="train.py").init
 
 
