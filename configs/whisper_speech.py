@@ -38,7 +38,7 @@ def config() -> RunConfig:
             end_id=256,
             start_id=257,
         ),
-        task=TaskConfig(name="speech"),
+        task=TaskConfig(name="speech", input_fields=("speech", "sample_rate")),
         steps=600,
         seq_len=256,
         global_batch_size=16,
