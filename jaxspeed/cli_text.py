@@ -204,8 +204,17 @@ def _sampling(args: argparse.Namespace, **changes: Any) -> SamplingConfig:
         given["max_new_tokens"] = SamplingConfig.max_new_tokens
     names = [f.name for f in dataclasses.fields(SamplingConfig) if f.name in given]
     values = {name: given[name] for name in names}
-    stop = tuple(text.encode().decode("unicode_escape") for text in values["stop"])
-    return SamplingConfig(**{**values, "stop": stop})
+    return SamplingConfig(**{**values, "stop": tuple(map(_unescaped, values["stop"]))})
+
+
+def _unescaped(text: str) -> str:
+    r"""Returns what was typed with \n and the like as the characters that they stand for."""
+    try:
+        # Letters that are not ASCII become escapes of their own first, so that they stay.
+        return text.encode("ascii", "backslashreplace").decode("unicode_escape")
+    except UnicodeDecodeError:
+        why, change = "an escape in it is not whole", "write a backslash as two"
+        raise config_error("stop", text, why, change) from None
 
 
 def _generate(args: argparse.Namespace) -> int:

@@ -2,8 +2,8 @@
 """A model that reads and writes text: a `Writer` with its tokenizer, end tokens and chat template.
 
     model = open_writer("runs/tiny")             # or a Hugging Face folder
-    for text in model.stream("To be", SamplingConfig(max_new_tokens=40)):
-        ...
+    for (text,) in model.write([model.ids_of("To be")], SamplingConfig(), every=8):
+        words = model.decode(text.ids)           # as far as it is written
 
 What `jaxspeed generate` and `jaxspeed chat` are made of. Layer 4.
 """

@@ -11,7 +11,8 @@ import pytest
 import tokenizers
 
 from jaxspeed import cli
-from jaxspeed.config import RunConfig
+from jaxspeed.cli_text import _unescaped
+from jaxspeed.config import ConfigError, RunConfig
 from jaxspeed.hf import export_params
 from jaxspeed.program import build_program
 from models import gpt2, vit
@@ -112,6 +113,20 @@ def test_stop_string_is_not_part_of_the_text(folder: Path, capsys: Any) -> None:
     short = run(capsys, "generate", folder, "--prompt", "a b", "--json", "--stop", stop)
     (text,) = json.loads(short)["texts"]
     assert text == whole["texts"][0].partition(stop)[0]
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        (r"\n\n", "\n\n"),
+        ("Gr\u00fc\u00dfe \u20ac", "Gr\u00fc\u00dfe \u20ac"),
+        (r"a\\b", r"a\b"),
+    ],
+)
+def test_stop_strings_are_typed_with_escapes(typed: str, meant: str) -> None:
+    assert _unescaped(typed) == meant
+    with pytest.raises(ConfigError, match="stop=.*: an escape in it is not whole"):
+        _unescaped(typed + "\\")
 
 
 def test_chat_answers_each_line_by_the_template(
