@@ -50,7 +50,7 @@ class Config:
     d_embed: int = 0
     """Width of the embedding, with a projection to d_model and back where it is another; 0 means d_model."""
     tie_embeddings: bool = False
-    """One matrix for input and output embedding. It begins ten times smaller than one for input alone, and learns more slowly."""
+    """One matrix for input and output embedding."""
     dropout: float = 0.0
     """Share dropped after the embedding and after each layer."""
     head: DecoderHead = "lm"
@@ -105,7 +105,6 @@ class Config:
         return 6.0 * (outside * self.embed_width + self.num_layers * P * 2 * D * D)
 
 
-NORMAL = jax.nn.initializers.normal(0.02)
 ZEROS = jax.nn.initializers.zeros
 
 
@@ -149,15 +148,17 @@ class RNN(nnx.Module):
         V, D, E = cfg.vocab_size, cfg.d_model, cfg.embed_width
         self.dropout, self.projected = cfg.dropout, cfg.projected
         self.tied = cfg.ties
-        # Small inputs would leave the gates half open, whatever the token.
-        large = jax.nn.initializers.normal(0.1 if cfg.ties else 1.0)
-        self.embed = param(large, rngs, (V, E), ("vocab", "embed"))
+        # Outputs begin at about a quarter; with small logits or inputs the first hundred
+        # updates would learn how common each token is, and no more.
+        out = jax.nn.initializers.normal(4 * E**-0.5)
+        table = out if cfg.ties else jax.nn.initializers.normal(1.0)
+        self.embed = param(table, rngs, (V, E), ("vocab", "embed"))
         if cfg.projected:
             self.w_enter = param(scaled, rngs, (E, D), ("embed", "embed"))
             self.w_leave = param(scaled, rngs, (D, E), ("embed", "embed"))
         self.layers = Layers(lambda rngs: Block(cfg, rngs), cfg.num_layers, rngs)
         if cfg.unties:
-            self.lm_head = param(NORMAL, rngs, (V, E), ("vocab", "embed"))
+            self.lm_head = param(out, rngs, (V, E), ("vocab", "embed"))
         self.labelled = cfg.head != "lm"
         if self.labelled:
             self.head = OfDecoder(cfg.head, cfg.embed_width, cfg.num_labels, rngs)
