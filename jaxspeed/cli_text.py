@@ -37,6 +37,8 @@ examples:
   jaxspeed generate imported/model --prompt-ids 5,17,3 --max-new-tokens 16 --temperature 0 --json
   jaxspeed generate runs/tiny --prompt "To be" -n 4 --top-p 0.9 --stop "\\n\\n"
   jaxspeed generate imported/t5 --prompt "translate English to German: Good morning."
+  jaxspeed generate imported/whisper --audio hello.wav --temperature 0
+  jaxspeed generate runs/image_qa --image shape.png --prompt "What color is this shape?" --temperature 0
   jaxspeed generate runs/tiny --prompt - < prompt.txt
 """
 
@@ -90,6 +92,12 @@ def add_text_commands(commands: Any) -> None:
     )
     generate.add_argument(
         "--audio", action="append", default=[], help="a WAV file, for a speech model"
+    )
+    generate.add_argument(
+        "--image",
+        action="append",
+        default=[],
+        help="a PNG or JPEG file, for a model of images; prompts are questions about it",
     )
     generate.add_argument(
         "--json",
@@ -219,7 +227,7 @@ def _unescaped(text: str) -> str:
 
 def _generate(args: argparse.Namespace) -> int:
     _sampling(args)  # what cannot be is said before the model is read
-    if not (args.prompt or args.prompt_ids or args.audio):
+    if not (args.prompt or args.prompt_ids or args.audio or args.image):
         raise ConfigError(
             "prompt: there is none; give --prompt TEXT, or --prompt-ids 5,17,3"
         )
@@ -229,9 +237,9 @@ def _generate(args: argparse.Namespace) -> int:
 
     model = open_writer(args.model, **_open(args))
     rows = [model.ids_of(prompt) for prompt in prompts] + given
-    source = model.hear(args.audio) if args.audio else None
-    if source is not None and not rows:
-        rows = [_ids("")] * len(source)
+    source = _source(args, model)
+    if source is not None:
+        rows, source = _paired(rows or [_ids("")] * len(source), source)
     sampling = _sampling(args, max_new_tokens=_room(args, model, rows))
     alone = len(rows) == 1 and sampling.num_samples == 1
     shown = alone and not args.json and model.tokenizer is not None
@@ -258,6 +266,31 @@ def _generate(args: argparse.Namespace) -> int:
             words = _trimmed(model, text, sampling.stop)
             sys.stdout.write(f"--- prompt {prompt + 1}, text {sample + 1}\n{words}\n")
     return 0
+
+
+def _source(args: argparse.Namespace, model: "TextModel") -> Any:
+    """Returns what the encoder reads of the files given, or None."""
+    if args.audio and args.image:
+        raise ConfigError(
+            "image: a model listens or sees; leave out --audio or --image"
+        )
+    if args.audio:
+        return model.hear(args.audio)
+    return model.look(args.image) if args.image else None
+
+
+def _paired(rows: list[Any], source: Any) -> tuple[list[Any], Any]:
+    """Returns as many prompts as files: one file is for all prompts, one prompt for all files."""
+    import numpy as np
+
+    if len(rows) > 1 and len(source) == 1:
+        return rows, np.repeat(source, len(rows), 0)
+    if len(rows) == 1:
+        return rows * len(source), source
+    if len(rows) != len(source):
+        why = f"there are {len(source)} files"
+        raise config_error("prompt", len(rows), why, "give one of them, or as many")
+    return rows, source
 
 
 def _room(args: argparse.Namespace, model: "TextModel", rows: Sequence[Any]) -> Any:

@@ -20,6 +20,7 @@ from jaxspeed.config import ConfigError, MeshConfig, ZeroConfig
 from jaxspeed.data import ByteTokenizer, Tokenizer, load_tokenizer
 from jaxspeed.data.audio import log_mel, read_wav
 from jaxspeed.data.chat import PLAIN, PLAIN_STOP, Message, Template, load_template
+from jaxspeed.data.images import read_image
 from jaxspeed.data.tokenize import TOKENIZER_FILE, SubwordTokenizer
 from jaxspeed.generate import Encoded, Text, Writer
 from jaxspeed.hf import is_hugging_face, read_settings
@@ -107,7 +108,7 @@ class TextModel:
             if source is None:
                 source, prompts = prompts, [first[:0]] * len(prompts)
             encoded = _encoded(source)
-            prompts = [np.concatenate([first, ids]) for ids in prompts]
+            prompts = [_behind(first, ids) for ids in prompts]
         elif source is not None:
             raise ConfigError("input: this model has no encoder; give a prompt only")
         return self.writer.stream(
@@ -129,6 +130,17 @@ class TextModel:
                 for file in files
             ]
         )
+
+    def look(self, files: Sequence[str]) -> np.ndarray:
+        """Returns what the encoder of a model of images reads of image files, each in the model's size.
+
+        Raises:
+            ConfigError: the model is not one of images, or a file cannot be read.
+        """
+        shape = getattr(self.writer.program.run.model, "feature_shape", ())
+        if len(shape) != 3:
+            raise ConfigError("image: this model does not see; leave it out")
+        return np.stack([read_image(file, shape) for file in files])
 
     def conversation(self, messages: Sequence[Message]) -> np.ndarray:
         """Returns the ids of a conversation, up to where the assistant answers.
@@ -187,10 +199,15 @@ def open_writer(
         )
     lead: tuple[int, ...] = ()
     if tokenizer is not None:
-        # A run's documents are led in by the end token (`jaxspeed.data.pack`).
-        theirs = is_hugging_face(folder)
-        lead = tokenizer.frame(1).before if theirs else (tokenizer.end_id,)
+        # A run's documents are led in by the end token (`jaxspeed.data.pack`), unless an encoder is read.
+        framed = is_hugging_face(folder) or hasattr(program.run.model, "start_id")
+        lead = tokenizer.frame(1).before if framed else (tokenizer.end_id,)
     return TextModel(writer, tokenizer, load_template(folder), lead)
+
+
+def _behind(first: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """Returns the decoder's ids with its first one, once."""
+    return ids if ids[:1].tolist() == first.tolist() else np.concatenate([first, ids])
 
 
 def _tokenizer_in(folder: Path) -> Tokenizer | None:

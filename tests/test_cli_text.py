@@ -15,7 +15,7 @@ from jaxspeed.cli_text import _unescaped
 from jaxspeed.config import ConfigError, RunConfig
 from jaxspeed.hf import export_params
 from jaxspeed.program import build_program
-from models import gpt2, vit
+from models import gpt2, image_text, vit
 
 
 WORDS = ["a", "b", "c", "d", "User", "Assistant", ":", "hello", "<unk>"]
@@ -177,6 +177,7 @@ def test_what_cannot_be_is_one_line(
         bare, "--prompt-ids", "99"
     )
     assert "this model does not listen" in generate(bare, "--audio", "a.wav")
+    assert "this model does not see" in generate(bare, "--image", "a.png")
     assert "top_p=2.0: out of range" in generate(
         bare, "--prompt-ids", "1", "--top-p", "2"
     )
@@ -190,6 +191,45 @@ def test_what_cannot_be_is_one_line(
     assert "has 51 ids, the model 11: it is another model's" in generate(
         tmp_path, "--prompt", "w1"
     )
+
+
+def test_questions_about_images(tmp_path: Path, capsys: Any) -> None:
+    from PIL import Image
+
+    cfg = image_text.Config(
+        image_size=8, patch_size=4, num_image_layers=1, num_image_heads=2, d_image=16,
+        d_image_ff=32, vocab_size=11, max_seq_len=32, num_layers=1, num_heads=2,
+        d_model=16, pad_id=0, end_id=0, start_id=0,
+    )  # fmt: skip
+    model, black, white = (tmp_path / x for x in ("model", "black.png", "white.png"))
+    export(cfg, model)
+    Image.new("RGB", (9, 5)).save(black)
+    Image.new("RGB", (8, 8), "white").save(white)
+    ask = lambda *args: json.loads(run(capsys, "generate", model, "--json", *args))
+    alone = [
+        ask("--image", image, "--prompt-ids", "5,6")["logprobs"][0]
+        for image in (black, white)
+    ]
+    assert alone[0] != alone[1]
+    both = ask("--image", black, "--image", white, "--prompt-ids", "5,6")
+    for found, wanted in zip(both["logprobs"], alone, strict=True):
+        assert found == pytest.approx(wanted, abs=1e-4)
+    asked = ("--prompt-ids", "5,6", "--prompt-ids", "0,5,6")  # led in by the first id
+    twice = ask("--image", white, *asked)["logprobs"]
+    assert twice[0] == pytest.approx(alone[1], abs=1e-4)
+    assert twice[1] == pytest.approx(alone[1], abs=1e-4)
+    captions = ask("--image", black, "--image", white)["ids"]
+    assert len(captions) == 2
+
+    refused = lambda *args: refusal(capsys, "generate", model, *args)
+    three = ("--prompt-ids", "5") * 3
+    assert "prompt=3: there are 2 files; give one of them, or as many" in refused(
+        "--image", black, "--image", white, *three
+    )
+    (tmp_path / "half.png").write_bytes(white.read_bytes()[:40])
+    assert "half.png: " in refused("--image", tmp_path / "half.png")
+    assert "none.png: No such file" in refused("--image", tmp_path / "none.png")
+    assert "leave out --audio or --image" in refused("--image", black, "--audio", "a")
 
 
 def test_model_that_does_not_write_is_refused(tmp_path: Path, capsys: Any) -> None:

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sound and images of records as what a model reads."""
 
+import contextlib
 import wave
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from jaxtyping import Float32
 from jaxspeed.config import ConfigError
 from jaxspeed.data.audio import RATE, log_mel, read_wav, resample
 from jaxspeed.data.documents import Record
+from jaxspeed.data.images import read_image, scale_pixels
 from jaxspeed.tasks.records import BadRecordError
 
 
@@ -32,17 +35,12 @@ def spectrogram_in(
     value = record[field]
     if isinstance(value, dict) and {"array", "sampling_rate"} <= value.keys():
         value, rate = value["array"], int(value["sampling_rate"])
-    try:
+    with _told_of(field):
         if isinstance(value, str):
             sound = read_wav(value)
         else:
             sound = resample(_samples(value, field), rate or RATE, name=field)
         return log_mel(sound, num_mel_bins=shape[1], frames=shape[0])
-    except ConfigError as error:
-        what, _, change = str(error).partition("; ")
-        raise BadRecordError(
-            f"has a {field!r} that cannot be used: {what}", change
-        ) from error
 
 
 def seconds_in(record: Record, field: str, rate: int) -> float:
@@ -72,29 +70,22 @@ def pixels_in(
     Raises:
         BadRecordError: it holds something else.
     """
-    from PIL import Image, UnidentifiedImageError
-
     value = record[field]
-    try:
+    with _told_of(field):
         if isinstance(value, str):
-            image = Image.open(Path(value).expanduser())
-        else:
-            pixels = np.asarray(value, np.uint8)
-            if pixels.ndim not in (2, 3):
-                raise ValueError(f"it has {pixels.ndim} dims")
-            image = Image.fromarray(
-                pixels[..., 0] if pixels.shape[-1:] == (1,) else pixels
-            )
-        image = image.convert("L" if shape[2] == 1 else "RGB")
-    except (OSError, TypeError, ValueError, UnidentifiedImageError) as error:
-        why = f"has a {field!r} that is no image ({error})"
-        raise BadRecordError(
-            why, "give pixels, or the path of a PNG or JPEG file"
-        ) from error
-    if image.size != (shape[1], shape[0]):
-        image = image.resize((shape[1], shape[0]), Image.Resampling.BICUBIC)
-    pixels = np.asarray(image, np.float32).reshape(shape)
-    return pixels / 127.5 - 1
+            return read_image(value, shape)
+        return scale_pixels(value, shape)
+
+
+@contextlib.contextmanager
+def _told_of(field: str) -> Iterator[None]:
+    """Says of what is wrong in which field it is."""
+    try:
+        yield
+    except ConfigError as error:
+        what, _, change = str(error).partition("; ")
+        why = f"has a {field!r} that cannot be used: {what}"
+        raise BadRecordError(why, change) from error
 
 
 def _samples(value: Any, field: str) -> Float32[np.ndarray, " T"]:

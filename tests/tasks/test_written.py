@@ -202,8 +202,12 @@ def test_image_is_brought_to_the_models_size(tmp_path: Path) -> None:
         assert found.shape == (8, 4, 3)
         np.testing.assert_allclose(found, 1.0)
     assert pixels_in({"i": pixels}, "i", (8, 4, 1)).shape == (8, 4, 1)
-    for bad in ("none.png", [["a"]], {}):
-        with pytest.raises(BadRecordError, match="'i' that is no image"):
+    for bad, why in (
+        ("none.png", "none.png: No such file"),
+        ([["a"]], "no image"),
+        ({}, "no image"),
+    ):
+        with pytest.raises(BadRecordError, match=f"'i' that cannot be used: {why}"):
             pixels_in({"i": bad}, "i", (8, 4, 3))
 
 
