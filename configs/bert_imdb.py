@@ -28,7 +28,7 @@ def config() -> RunConfig:
         task=TaskConfig(
             name="classification", labels=("neg", "pos"), buckets=(64, 128, 192)
         ),
-        steps=280,
+        steps=240,
         seq_len=256,
         global_batch_size=32,
         optim=OptimConfig(lr=1e-4, b2=0.999, weight_decay=0.01),

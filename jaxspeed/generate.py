@@ -30,7 +30,13 @@ from jaxspeed.nn import Unstacked, unstack
 from jaxspeed.ops.linear import dot
 from jaxspeed.program import Program
 from jaxspeed.sampling import SamplingConfig
-from jaxspeed.sharding import Placement, Weight, is_placement, is_weight
+from jaxspeed.sharding import (
+    Placement,
+    Weight,
+    is_placement,
+    is_weight,
+    matrix_inputs,
+)
 from jaxspeed.step import (
     StepSpec,
     compute_weights,
@@ -38,6 +44,7 @@ from jaxspeed.step import (
     model_of,
     on_zero_axes,
 )
+from jaxspeed.tiles import Tiled, dot_tiled, tiled
 from jaxspeed.types import (
     CausalLM,
     MaskedLM,
@@ -258,18 +265,24 @@ def _make_scorer(program: Program) -> Callable[..., jax.Array]:
 class _Head(NamedTuple):
     """What makes logits of hidden states."""
 
-    embedding: Float[Array, "D V"]
+    embedding: Float[Array, "D V"] | Tiled
     """The output embedding as the products of a few rows read it fast, in the compute dtype."""
     bias: Float[Array, " V"] | None
 
 
 def _head(model: Any) -> _Head:
-    table = model.output_embedding().astype(current().compute)
-    return _Head(table.T, output_bias(model))
+    settings = current()
+    table = model.output_embedding().astype(settings.compute).T
+    few = settings.platform == "cpu" and settings.tensor == 1
+    return _Head(tiled(table, 1) if few else table, output_bias(model))
 
 
 def _logits(hidden: Float[Array, "B D"], head: _Head) -> Float[Array, "B V"]:
-    logits = dot(hidden.astype(head.embedding.dtype), head.embedding, (1, 0))
+    hidden = hidden.astype(current().compute)
+    if isinstance(head.embedding, Tiled):
+        logits = dot_tiled(hidden, head.embedding)
+    else:
+        logits = dot(hidden, head.embedding, (1, 0))
     return logits if head.bias is None else logits + head.bias[None]
 
 
@@ -389,6 +402,10 @@ class _Session:
         """
         self.writer, self.knobs, self.written = writer, knobs_of(sampling), written
         self._texts, self._room = len(ended), room
+        if self._texts == 1 and writer.program.spec.settings.platform == "cpu":
+            copies = (
+                2  # one row costs more than two, and copies of the cache (jaxlib 0.10)
+            )
         rows, lengths = _padded(prompts, writer.program.batch.shards)
         self._shape = _Shape(
             rows.shape[1] + _rounded(room), _rounded(room), copies, rule_of(sampling),
@@ -468,14 +485,16 @@ def _make_weights(program: Program) -> Callable[[Params], PyTree]:
     """Returns the jitted function from parameters to what the passes read, made once a text.
 
     Each is in the compute dtype, taken apart by layer, and lies where the ZeRO stage has its
-    compute copy: whole, or at stage 3 this device's shard.
+    compute copy: whole, or at stage 3 this device's shard. A CPU's matrices are in tiles.
     """
     spec = program.spec
 
     def copies(weight: Any) -> Any:
         if isinstance(weight, Unstacked):
             return Unstacked(tuple(map(copies, weight.layers)))
-        return weight.copy.astype(spec.settings.compute)
+        copy = weight.copy.astype(spec.settings.compute)
+        inputs = _tile_inputs(spec, weight.placement)
+        return tiled(copy, inputs) if inputs else copy
 
     def local(params: Params) -> PyTree:
         apart = unstack(compute_weights(spec, params))
@@ -487,10 +506,24 @@ def _make_weights(program: Program) -> Callable[[Params], PyTree]:
 
 def _weight_specs(spec: StepSpec) -> PyTree:
     def one(place: Placement) -> Any:
+        if _tile_inputs(spec, place):
+            return Unstacked((P(),) * place.shape[0])
         whole = place.spec("compute", manual_only=True)
         return Unstacked((P(*whole[1:]),) * place.shape[0]) if place.stacked else whole
 
     return jax.tree.map(one, spec.placements, is_leaf=is_placement)
+
+
+def _tile_inputs(spec: StepSpec, place: Placement) -> int:
+    """Returns how many dims a product with this parameter sums over, if it is to be in tiles; else 0.
+
+    It is where it is a layer's matrix that a CPU has whole, and has no adapter.
+    """
+    whole = place.zero_dim is None or "compute" not in place.sharded
+    cpu = spec.settings.platform == "cpu" and spec.settings.tensor == 1
+    if not (cpu and whole and place.stacked) or spec.lora.rank:
+        return 0
+    return matrix_inputs(place.dims)
 
 
 def _as_weights(spec: StepSpec, copies: PyTree) -> PyTree:
@@ -499,6 +532,8 @@ def _as_weights(spec: StepSpec, copies: PyTree) -> PyTree:
     def one(place: Placement, copy: Any) -> Any:
         if isinstance(copy, Unstacked):
             return Unstacked(tuple(one(place, layer) for layer in copy.layers))
+        if isinstance(copy, Tiled):
+            return copy
         return Weight(copy, None, place, spec.reduce_dtype)
 
     return jax.tree.map(one, spec.placements, copies, is_leaf=is_placement)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from jaxspeed.config import ConfigError, LoraConfig, config_error
 from jaxspeed.paths import dotted, matching, paths_of
-from jaxspeed.sharding import Adapted
+from jaxspeed.sharding import Adapted, matrix_inputs
 from jaxspeed.types import Params, PyTree
 
 
@@ -27,8 +27,6 @@ ADAPTERS = "lora"
 
 RANK = "rank"
 """The logical dim that A and B share."""
-
-_NOT_ADAPTED = {"vocab", "seq", "expert", "gates"}
 
 
 class Part(NamedTuple):
@@ -85,7 +83,7 @@ def find_targets(lora: LoraConfig, params: Params, dims: PyTree) -> dict[str, Ta
     known = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         names = named[dotted(path)] or ()
-        if inputs := _inputs(names):
+        if inputs := matrix_inputs(names):
             keys = tuple(entry.key for entry in path)
             stacked = int(names[:1] == ("layers",))
             known[dotted(path)] = Target(keys, leaf.shape, names, stacked, inputs)
@@ -98,16 +96,6 @@ def find_targets(lora: LoraConfig, params: Params, dims: PyTree) -> dict[str, Ta
         for pattern in lora.targets
         for path in matching("lora.targets", pattern, known)
     }
-
-
-def _inputs(dims: tuple[str | None, ...]) -> int:
-    """Returns how many dims a matrix is summed over, or 0 for what is none."""
-    inner = dims[1:] if dims[:1] == ("layers",) else dims
-    if len(inner) < 2 or _NOT_ADAPTED & set(inner):
-        return 0
-    if inner[0] == "embed":
-        return 1
-    return len(inner) - 1 if inner[-1] == "embed" else 0
 
 
 def with_adapters(

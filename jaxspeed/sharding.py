@@ -42,6 +42,10 @@ TENSOR_DIMS = frozenset({"heads", "kv_heads", "mlp", "vocab"})
 """Logical dims that the `tensor` axis splits."""
 
 
+NOT_MULTIPLIED = frozenset({"vocab", "seq", "expert", "gates"})
+"""Logical dims of parameters that are read in other ways than by a plain product."""
+
+
 @dataclass(frozen=True)
 class Placement:
     """Where one parameter and its kin live. Dims are counted from the end, so that a layer's slice of a stacked parameter has the same placement."""
@@ -125,6 +129,16 @@ def place(
         sharded -= {"compute"}
     negative = lambda i: None if i is None else i - len(shape)
     return Placement(shape, dims, negative(tensor), negative(best), sharded)
+
+
+def matrix_inputs(dims: tuple[str | None, ...]) -> int:
+    """Returns how many dims a matrix is summed over, or 0 for what is none."""
+    inner = dims[1:] if dims[:1] == ("layers",) else dims
+    if len(inner) < 2 or NOT_MULTIPLIED & set(inner):
+        return 0
+    if inner[0] == "embed":
+        return 1
+    return len(inner) - 1 if inner[-1] == "embed" else 0
 
 
 def place_all(

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 from jaxspeed import ops
 from jaxspeed.hf import Exchange, Row, required, setting
 from jaxspeed.nn import Layers, param
-from jaxspeed.sharding import Adapted, shard
+from jaxspeed.sharding import shard
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,7 +233,7 @@ class Attention(nnx.Module):
 
 def _heads(
     x: Float[Array, "B T D"],
-    w: Float[Array, "D N H"] | Adapted,
+    w: ops.Matrix,
     b: Float[Array, "N H"],
 ) -> Float[Array, "B T N H"]:
     return shard(ops.linear(x, w, b), "batch", "seq", "heads", "head_dim")

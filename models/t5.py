@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 from jaxspeed import ops
 from jaxspeed.hf import Exchange, Row, required, setting
 from jaxspeed.nn import Layers, param
-from jaxspeed.sharding import Adapted, shard
+from jaxspeed.sharding import shard
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,9 +240,7 @@ class Attention(nnx.Module):
         return ops.linear(attended, self.wo[...], contract=2)
 
 
-def _heads(
-    x: Float[Array, "B T D"] | None, w: Float[Array, "D N H"] | Adapted
-) -> Float[Array, "B T N H"]:
+def _heads(x: Float[Array, "B T D"] | None, w: ops.Matrix) -> Float[Array, "B T N H"]:
     assert x is not None, "memory is read at the first pass"
     return shard(ops.linear(x, w), "batch", "seq", "heads", "head_dim")
 

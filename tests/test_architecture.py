@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 
 LAYERS = {
     0: "batch checks config sampling types",
-    1: "ambient cache choice launch ledger mesh nn ops paths remat sharding tensorfiles topology",
+    1: "ambient cache choice launch ledger mesh nn ops paths remat sharding tensorfiles tiles topology",
     2: "checkpoint data deepspeed_json deepspeed_keys deepspeed_rules frozen gguf_files gguf_tokenizers hf loss_scale "
     "losses metrics objectives offload optim precision progress report schedules",
     3: "generate lora peft pipeline program state step",

@@ -94,3 +94,10 @@ def test_greedy_needs_no_key() -> None:
     ]
     np.testing.assert_array_equal(same[0], np.argmax(logits(), -1))
     np.testing.assert_array_equal(same[0], same[1])
+
+
+def test_greedy_takes_the_first_of_the_largest() -> None:
+    tied = jnp.array([[1.0, 3.0, 3.0], [5.0, -1.0, 5.0], [-jnp.inf, -jnp.inf, 0.0]])
+    rule = rule_of(SamplingConfig(temperature=0.0))
+    token = choose(tied, keys()[:3], rule, knobs_of(SamplingConfig()), None)
+    assert token.tolist() == [1, 0, 2]

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import Float32, Integer
+from jaxtyping import Float32
 
 from jaxspeed.config import ConfigError
 
@@ -40,9 +40,7 @@ def read_image(
         raise ConfigError(f"{path}: {error.strerror or error}; {_CHANGE}") from None
 
 
-def scale_pixels(
-    pixels: Integer[Any, "..."], shape: tuple[int, ...]
-) -> Float32[np.ndarray, "H W C"]:
+def scale_pixels(pixels: Any, shape: tuple[int, ...]) -> Float32[np.ndarray, "H W C"]:
     """Returns pixels in the model's size, their values between -1 and 1.
 
     Args:

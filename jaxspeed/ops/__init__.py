@@ -4,7 +4,7 @@
 from jaxspeed.ops.attention import attention as attention
 from jaxspeed.ops.cross_entropy import fused_cross_entropy as fused_cross_entropy
 from jaxspeed.ops.embedding import embed as embed
-from jaxspeed.ops.linear import linear as linear
+from jaxspeed.ops.linear import Matrix as Matrix, linear as linear
 from jaxspeed.ops.norm import layer_norm as layer_norm, rms_norm as rms_norm
 from jaxspeed.ops.pointwise import (
     dropout as dropout,

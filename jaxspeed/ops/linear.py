@@ -19,11 +19,16 @@ from jaxtyping import Array, Float
 from jaxspeed.ambient import current
 from jaxspeed.ops.pointwise import dropout
 from jaxspeed.sharding import Adapted
+from jaxspeed.tiles import Tiled, dot_tiled
+
+
+Matrix = Float[Array, "..."] | Adapted | Tiled
+"""A parameter that a product reads: an array, or what stands in its place."""
 
 
 def linear(
     x: Float[Array, "..."],
-    w: Float[Array, "..."] | Adapted,
+    w: Matrix,
     bias: Float[Array, "..."] | None = None,
     *,
     contract: int = 1,
@@ -35,7 +40,7 @@ def linear(
     Args:
         x: activations; its last `contract` dims are summed over.
         w: weight; its first `contract` dims are summed over. With an adapter, x W + scale (x A) B
-            is computed so: neither A B nor a gradient of W exists.
+            is computed so: neither A B nor a gradient of W exists. One in tiles has no gradient.
         bias: one value per output feature.
         contract: number of dims summed over.
     """
@@ -48,9 +53,13 @@ def linear(
     )
     assert x.shape[x.ndim - contract :] == inner, (x.shape, w.shape, contract)
     flat = x.reshape(-1, math.prod(inner))
-    matrix = w.reshape(math.prod(inner), math.prod(outer))
     settings = current()
     y: Any
+    if isinstance(w, Tiled):
+        y = dot_tiled(flat.astype(settings.compute), w)
+        y = y if bias is None else y + bias.reshape(1, -1)
+        return y.astype(settings.activations).reshape(*lead, *outer)
+    matrix = w.reshape(math.prod(inner), math.prod(outer))
     if bias is None:
         y = _product(settings.compute, settings.activations, flat, matrix)
     else:

@@ -13,6 +13,7 @@ from jaxspeed.config import ConfigError
 from jaxspeed.ops import linear
 from jaxspeed.ops.linear import dot, dot_rows
 from jaxspeed.sharding import Adapted
+from jaxspeed.tiles import tiled
 
 
 RNG = np.random.default_rng(0)
@@ -210,3 +211,22 @@ def test_adapter_elsewhere_than_in_a_product_is_refused() -> None:
     ):
         with pytest.raises(ConfigError, match="lora.targets: x.w is used by something"):
             use()
+
+
+@pytest.mark.parametrize("columns", [64, 100, 128])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_matrix_in_tiles_is_the_matrix(rows: int, columns: int) -> None:
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(rows, 4, 6)), jnp.float32)
+    w = jnp.asarray(rng.normal(size=(4, 6, columns)), jnp.float32)
+    bias = jnp.asarray(rng.normal(size=columns), jnp.float32)
+    matrix = tiled(w, 2)
+    np.testing.assert_array_equal(matrix.whole(), w)
+    np.testing.assert_array_equal(jnp.asarray(matrix), w)
+    np.testing.assert_array_equal(matrix[1], w[1])
+    assert matrix.ndim == 3
+    for b in (bias, None):
+        ours = jax.jit(lambda x, w, b=b: linear(x, w, b, contract=2))(x, matrix)
+        np.testing.assert_allclose(
+            ours, linear(x, w, b, contract=2), rtol=1e-5, atol=1e-5
+        )
