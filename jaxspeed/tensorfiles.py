@@ -112,6 +112,8 @@ def read_file(path: Path) -> dict[str, TensorInfo]:
             name: _entry(path, name, entry, data, start)
             for name, entry in entries.items()
         }
+    except ConfigError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"{path}: its header is not one of safetensors ({error})"
