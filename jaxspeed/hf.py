@@ -14,7 +14,14 @@ import logging
 import math
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    Callable,
+    Collection,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -162,12 +169,16 @@ def read_settings(folder: str | Path) -> dict[str, Any]:
     return settings
 
 
+Fresh = Callable[[Collection[str]], Params]
+"""From dotted paths to new parameters, in a nested dict."""
+
+
 def import_params(
     folder: str | Path,
     model_config: Any,
     abstract_params: Params,
     *,
-    fresh: Params | None = None,
+    fresh: Fresh | None = None,
 ) -> Params:
     """Returns the parameters of a Hugging Face folder, in the dtypes and shards asked for.
 
@@ -175,8 +186,8 @@ def import_params(
         folder: config.json and safetensors files.
         model_config: of the model that takes them; it must describe the folder's model.
         abstract_params: a ShapeDtypeStruct with its NamedSharding for every leaf.
-        fresh: new parameters, whose head is taken where the folder's model has another head;
-            None: it must have the same.
+        fresh: draws the parameters of the head where the folder's model has another one; None: it
+            must have the same.
 
     Raises:
         ConfigError: the folder's model is another one, or its tensors are not just those wanted.
@@ -200,7 +211,7 @@ def import_params(
         new_head=fresh is not None,
     )
     leaves, tree = jax.tree_util.tree_flatten_with_path(abstract_params)
-    new = paths_of(fresh)
+    new = paths_of(fresh(set(paths_of(abstract_params)) - set(parts))) if fresh else {}
 
     def take(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         part = parts.get(dotted(path))

@@ -176,15 +176,16 @@ class _Run:
             self.seen, self.evaluated = meta["tokens"], meta["evaluated"]
             return state
         self.progress.phase("initialising")
-        state, run = self.program.init_state(), self.run
+        run = self.run
         if run.init:
             refuse_frozen_head(run.init, run.model, paths_of(self._frozen(abstract)))
-            state["params"] |= read_params(
-                run.init,
-                run.model,
-                without(abstract["params"]),
-                fresh=without(state["params"]),
-            )
+            state, draw = self.program.init_rest(), self.program.draw
+            base = without(abstract["params"])
+            added = set(paths_of(abstract["params"])) - set(paths_of(base))
+            read = read_params(run.init, run.model, base, fresh=draw)
+            state["params"] = {**draw(added), **read}
+        else:
+            state = self.program.init_state()
         if run.lora.init:
             trained = part_of(
                 without(abstract["params"]), without(self.program.spec.placements)

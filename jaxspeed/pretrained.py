@@ -26,6 +26,7 @@ from jaxspeed.data.tokenize import TOKENIZER_FILE, load_tokenizer
 from jaxspeed.frozen import restore_all
 from jaxspeed.gguf_files import read_gguf
 from jaxspeed.hf import (
+    Fresh,
     check_tensors,
     config_of,
     export_params,
@@ -167,7 +168,7 @@ def _of_type(annotation: Any, value: Any) -> Any:
 
 
 def read_params(
-    path: str | Path, cfg: Any, abstract_params: Params, *, fresh: Params | None = None
+    path: str | Path, cfg: Any, abstract_params: Params, *, fresh: Fresh | None = None
 ) -> Params:
     """Returns the parameters that lie there (a run's newest, or a Hugging Face folder's), in the dtypes and shards asked for.
 
@@ -175,8 +176,8 @@ def read_params(
         path: of the run or folder.
         cfg: of the model that takes them.
         abstract_params: a ShapeDtypeStruct with its NamedSharding for every leaf.
-        fresh: new parameters, whose head is taken where the model there has another head; None:
-            it must have the same.
+        fresh: draws the parameters of the head where the model there has another one; None: it
+            must have the same.
 
     Raises:
         ConfigError: there are none, they are damaged, or of another model.
@@ -250,9 +251,9 @@ def refuse_frozen_head(path: str | Path, cfg: Any, frozen: Collection[str]) -> N
 
 
 def _with_new_head(
-    path: str | Path, there: Any, cfg: Any, abstract_params: Params, fresh: Params
+    path: str | Path, there: Any, cfg: Any, abstract_params: Params, fresh: Fresh
 ) -> Params:
-    """Returns a run's parameters, but for the head, and those of `fresh` for that."""
+    """Returns a run's parameters, but for the head, which is drawn by `fresh`."""
     taken, tree = jax.tree_util.tree_flatten_with_path(abstract_params)
     wanted = paths_of(abstract_params)
     whole = jax.sharding.NamedSharding(
@@ -270,13 +271,8 @@ def _with_new_head(
     found = {dotted(path): leaf for path, leaf in held if dotted(path) not in heads}
     new = sorted(set(wanted) - set(found))
     logger.warning("%s: new, for they are of the head: %s", path, ", ".join(new))
-    new_leaves = jax.tree.leaves(fresh)
-    return tree.unflatten(
-        [
-            found.get(dotted(path), leaf)
-            for (path, _), leaf in zip(taken, new_leaves, strict=True)
-        ]
-    )
+    found |= paths_of(fresh(new))
+    return tree.unflatten([found[dotted(path)] for path, _ in taken])
 
 
 def import_model(

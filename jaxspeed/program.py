@@ -40,7 +40,7 @@ from jaxspeed.lora import (
 from jaxspeed.mesh import build_mesh
 from jaxspeed.objectives import objective_of
 from jaxspeed.optim import make_optimizer
-from jaxspeed.paths import matching, paths_of
+from jaxspeed.paths import matching, paths_of, subtree
 from jaxspeed.schedules import make_schedule
 from jaxspeed.sharding import is_placement, part_of, place_all
 from jaxspeed.state import make_init, master_shardings, state_shardings, with_shardings
@@ -87,6 +87,27 @@ class Program:
         return jax.jit(self.init, out_shardings=self.shardings)(
             jax.random.key(self.run.seed)
         )
+
+    def init_rest(self) -> State:
+        """Returns a new train state whose parameters are None: to be read, not drawn."""
+        shardings = {**self.shardings, "params": None}
+        rest = lambda key: {**self.init(key), "params": None}
+        return jax.jit(rest, out_shardings=shardings)(jax.random.key(self.run.seed))
+
+    def draw(self, names: Collection[str]) -> dict[str, Any]:
+        """Returns the nested dict of those new parameters, as they are in `init_state`.
+
+        Args:
+            names: their dotted paths.
+        """
+        if not names:
+            return {}
+        some = lambda params: subtree(params, names)
+        drawn = jax.jit(
+            lambda key: some(self.init(key)["params"]),
+            out_shardings=some(self.shardings["params"]),
+        )
+        return drawn(jax.random.key(self.run.seed))
 
     @functools.cached_property
     def train_step(self) -> jax.stages.Wrapped:

@@ -5,6 +5,7 @@ import dataclasses
 from types import SimpleNamespace
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +20,7 @@ from jaxspeed.config import (
     ScheduleConfig,
     ZeroConfig,
 )
+from jaxspeed.paths import paths_of
 from jaxspeed.program import Program, build_program, notices
 from tests import toy
 from tests.toy import G, T, batch_of, program_of, run_of
@@ -293,3 +295,22 @@ def test_steps_are_jitted_once() -> None:
     program = program_of()
     assert program.train_step is program.train_step
     assert program.eval_step is program.eval_step
+
+
+def test_parts_of_a_new_state_are_those_of_the_whole() -> None:
+    program = program_of(8, mesh=MESH)
+    whole = program.init_state()
+    some = ["embed", sorted(paths_of(whole["params"]))[-1]]
+    drawn = paths_of(program.draw(some))
+    assert set(drawn) == set(some)
+    for path, leaf in drawn.items():
+        there = paths_of(whole["params"])[path]
+        np.testing.assert_array_equal(leaf, there)
+        assert leaf.sharding.is_equivalent_to(there.sharding, leaf.ndim)
+    assert program.draw([]) == {}
+    rest = program.init_rest()
+    assert rest.pop("params") is None
+    chex.assert_trees_all_equal(
+        jax.random.key_data(rest.pop("key")), jax.random.key_data(whole["key"])
+    )
+    chex.assert_trees_all_equal(rest, {name: whole[name] for name in rest})

@@ -18,6 +18,7 @@ from jaxspeed import nn
 from jaxspeed.checkpoint import Checkpointer
 from jaxspeed.config import ConfigError, RunConfig, to_dict
 from jaxspeed.hf import export_params, head_paths, import_params, read_config
+from jaxspeed.paths import subtree
 from jaxspeed.pretrained import export_run, read_params
 from jaxspeed.program import Program, build_program
 from models import bert, gpt2, llama
@@ -83,6 +84,10 @@ def drawn(cfg: Any, seed: int) -> Any:
     return jax.tree.map(make, abstract_of(cfg))
 
 
+def giving(params: Any) -> Any:
+    return lambda names: subtree(params, names)
+
+
 def flat(params: Any) -> dict[str, Any]:
     leaves = jax.tree_util.tree_leaves_with_path(params)
     dotted = lambda path: jax.tree_util.keystr(path, simple=True, separator=".")
@@ -106,7 +111,7 @@ def test_run_with_another_head_than_its_folder_gets_a_new_one(
     params, fresh = drawn(theirs, 0), drawn(cfg, 1)
     export_params(params, theirs, tmp_path)
     with caplog.at_level(logging.WARNING):
-        made = import_params(tmp_path, cfg, abstract_of(cfg), fresh=fresh)
+        made = import_params(tmp_path, cfg, abstract_of(cfg), fresh=giving(fresh))
     assert_new_head(made, params, fresh, new)
     said = " ".join(caplog.messages)
     assert ("left out" in said) == bool(left)
@@ -124,13 +129,13 @@ def test_run_with_another_head_than_the_run_it_begins_from_gets_a_new_one(
     theirs, cfg = with_head(family, there), with_head(family, head)
     params, fresh = drawn(theirs, 0), drawn(cfg, 1)
     write_run(tmp_path, theirs, params)
-    made = read_params(tmp_path, cfg, abstract_of(cfg), fresh=fresh)
+    made = read_params(tmp_path, cfg, abstract_of(cfg), fresh=giving(fresh))
     assert_new_head(made, params, fresh, new)
     with pytest.raises(ConfigError):
         read_params(tmp_path, cfg, abstract_of(cfg))
     wider = dataclasses.replace(cfg, vocab_size=17)
     with pytest.raises(ConfigError, match="has vocab_size=16, the run's .* is 17"):
-        read_params(tmp_path, wider, abstract_of(wider), fresh=drawn(wider, 1))
+        read_params(tmp_path, wider, abstract_of(wider), fresh=giving(drawn(wider, 1)))
 
 
 def write_run(folder: Path, cfg: Any, params: Any, **task: Any) -> None:
@@ -162,7 +167,7 @@ def test_all_but_another_head_must_be_there(
     export_params(drawn(theirs, 0), theirs, tmp_path)
     change(tmp_path, lambda tensors: tensors.pop(gone))
     with pytest.raises(ConfigError, match=f"lacks {gone}, which the model needs"):
-        import_params(tmp_path, cfg, abstract_of(cfg), fresh=drawn(cfg, 1))
+        import_params(tmp_path, cfg, abstract_of(cfg), fresh=giving(drawn(cfg, 1)))
 
 
 def test_names_and_heads_of_the_first_checkpoints_are_read(tmp_path: Path) -> None:
