@@ -35,6 +35,10 @@ class Ambient:
     """Rematerialisation policy of scanned layers."""
     tensor: int = 1
     """Size of the tensor axis; 1 makes sharding constraints vanish."""
+    context: int = 1
+    """Devices that share a sequence, on the mesh axis of that name."""
+    context_by: str = "ulysses"
+    """How attention reads such a sequence: ulysses or ring."""
     dropout_key: jax.Array | None = None
     """None: no dropout."""
     cache: Cache | None = None

@@ -485,12 +485,7 @@ TENSOR_PARALLEL = section(
 
 PARALLELISM: dict[str, Node] = {
     "tensor_parallel": TENSOR_PARALLEL,
-    "sequence_parallel_size": refuses(
-        COUNT,
-        1,
-        "sequences are not split over devices; use 1, with a smaller micro batch and "
-        "remat full for long ones",
-    ),
+    "sequence_parallel_size": maps("mesh.context", COUNT, off=(1,)),
     "data_parallel_size": unneeded(COUNT, "it follows from the devices and the mesh"),
     "seq_parallel_communication_data_type": unneeded(
         SHORT_DTYPE, "goes with sequence_parallel_size"

@@ -111,7 +111,7 @@ def _make_embedder(program: Program) -> Callable[..., jax.Array]:
     spec = program.spec
 
     def local(params: Params, inputs: jax.Array, segments: jax.Array) -> jax.Array:
-        with ambient(spec.settings):
+        with ambient(spec.whole_rows):
             model = model_of(spec, compute_weights(spec, params))
             return mean_pooled(model.hidden(inputs, None, segments), segments)
 

@@ -253,7 +253,7 @@ def _make_scorer(program: Program) -> Callable[..., jax.Array]:
     spec = program.spec
 
     def local(params: Params, tokens: jax.Array) -> jax.Array:
-        with ambient(spec.settings):
+        with ambient(spec.whole_rows):
             model = model_of(spec, compute_weights(spec, params))
             logits = _logits(model.hidden(tokens[None])[0], _head(model))
             logps = jax.nn.log_softmax(logits)
@@ -560,7 +560,7 @@ def _make_begin(
         real = slots >= first[:, None]
         room = [(0, 0), (0, shape.slots - length)]
         cache = Cache(shape.slots, jnp.pad(real, room))
-        with ambient(spec.settings):
+        with ambient(spec.whole_rows):
             model = model_of(spec, compute_weights(spec, params))
             memory = {}
             if "inputs" in arrays:
@@ -629,7 +629,7 @@ def _make_advance(
             rows, slots = page.rows, jnp.arange(shape.slots)[None]
             visible = (slots <= page.slot) & (slots >= rows.first[:, None])
             cache = Cache(shape.slots, visible, page.slot, rows.kept)
-            with ambient(spec.settings):
+            with ambient(spec.whole_rows):
                 model = model_of(spec, _as_weights(spec, weights))
                 memory: dict[str, Any] = {}
                 if isinstance(model, Seq2Seq):
@@ -644,7 +644,7 @@ def _make_advance(
             return _append(page._replace(rows=rows), logits, shape, knobs, written)
 
         # Once for all passes: turned on a CPU, gathered at stage 3.
-        with ambient(spec.settings):
+        with ambient(spec.whole_rows):
             head = _head(model_of(spec, _as_weights(spec, weights)))
         done = page.rows.done | stopped
         rows = dataclasses.replace(page.rows, done=done)

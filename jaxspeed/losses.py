@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxspeed.config import ConfigError
+from jaxspeed.context import need_whole
 from jaxspeed.ops.cross_entropy import fused_cross_entropy
 from jaxspeed.types import (
     Batch,
@@ -50,6 +51,7 @@ def next_token_loss(model: CausalLM, batch: Batch) -> Sums:
     if "targets" in batch:
         targets = batch["targets"]
     else:
+        need_whole("a batch without targets", "give it targets and a mask")
         targets = jnp.roll(inputs, -1, axis=1)
         inner = jnp.broadcast_to(
             jnp.arange(inputs.shape[1]) < inputs.shape[1] - 1, inputs.shape

@@ -153,6 +153,11 @@ def _features(run: RunConfig, length: int) -> Leaves:
     return {"inputs": Leaf(run.model.feature_shape, np.float32), **_written(length)}
 
 
+SPLIT_TASKS = frozenset(
+    {"lm", "sft", "seq2seq", "span_corruption", "token_classification"}
+)
+"""Tasks whose losses go token by token, so that the axis `context` may split their rows."""
+
 _NONE = Leaf(fill=-1)
 
 OBJECTIVES: Mapping[str, Objective] = {

@@ -25,11 +25,13 @@ from jaxspeed.ambient import Ambient
 from jaxspeed.batch import BatchShape
 from jaxspeed.config import (
     BATCH_AXES,
+    SHARD_AXES,
     ConfigError,
     LossScaleConfig,
     RunConfig,
     config_error,
 )
+from jaxspeed.context import AXIS, device_order, parts_of
 from jaxspeed.lora import (
     ADAPTERS,
     find_targets,
@@ -38,15 +40,16 @@ from jaxspeed.lora import (
     with_adapters,
 )
 from jaxspeed.mesh import build_mesh
-from jaxspeed.objectives import objective_of
+from jaxspeed.objectives import SPLIT_TASKS, objective_of
 from jaxspeed.optim import make_optimizer
 from jaxspeed.paths import matching, paths_of, subtree
 from jaxspeed.schedules import make_schedule
-from jaxspeed.sharding import is_placement, part_of, place_all
+from jaxspeed.sharding import is_placement, part_of, place_all, shards_of
 from jaxspeed.state import make_init, master_shardings, state_shardings, with_shardings
 from jaxspeed.step import (
     PredictFn,
     StepSpec,
+    batch_specs,
     make_eval_fn,
     make_predict_fn,
     make_train_step,
@@ -154,9 +157,17 @@ class Program:
 
         def run(params: Params, rows: Mapping[str, np.ndarray]) -> tuple[Sums, PyTree]:
             mine = {n: np.split(x, count)[index] for n, x in rows.items()}
-            return jax.device_get(jitted(params, self.put_batch(mine, training=False)))
+            return jax.device_get(jitted(params, self._put_whole(mine)))
 
         return run
+
+    def _put_whole(self, rows: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+        """Puts this process's rows of an evaluation batch on its devices, sequences whole."""
+        self.check_rows(rows)
+        sharding = NamedSharding(self.mesh, P(BATCH_AXES))
+        if jax.process_count() == 1:
+            return jax.device_put(dict(rows), sharding)
+        return {n: self._put(np.asarray(x), sharding, 0) for n, x in rows.items()}
 
     @functools.cached_property
     def _predictors(self) -> dict[PredictFn, Callable[..., tuple[Sums, PyTree]]]:
@@ -173,13 +184,12 @@ class Program:
         """
         leaves = objective_of(self.run).leaves(self.run, length or self.run.seq_len)
         rows = (self.batch.accumulate, self.batch.micro_size * self.batch.shards)
-        sharding = self._batch_shardings[True]
-        return {
-            n: jax.ShapeDtypeStruct(
-                rows + leaves[n].shape, leaves[n].dtype, sharding=sharding
-            )
-            for n in names or leaves
-        }
+        return self._with_shardings(
+            {
+                n: jax.ShapeDtypeStruct(rows + leaves[n].shape, leaves[n].dtype)
+                for n in names or leaves
+            }
+        )
 
     def lower_step(
         self, names: Sequence[str] | None = None, *, length: int | None = None
@@ -195,12 +205,16 @@ class Program:
 
     def lower_step_for(self, batch: Mapping[str, Any]) -> jax.stages.Lowered:
         """Returns the lowered train step for a batch of these shapes: (A, B, ...)."""
-        sharding = self._batch_shardings[True]
-        shapes = {
-            n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+        return self.train_step.lower(self.abstract_state, self._with_shardings(batch))
+
+    def _with_shardings(
+        self, batch: Mapping[str, Any]
+    ) -> dict[str, jax.ShapeDtypeStruct]:
+        shardings = self._batch_shardings(batch, training=True)
+        return {
+            n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shardings[n])
             for n, x in batch.items()
         }
-        return self.train_step.lower(self.abstract_state, shapes)
 
     @functools.cached_property
     def process_rows(self) -> tuple[int, int]:
@@ -256,44 +270,77 @@ class Program:
                 )
 
     def arrange(self, rows: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Returns this process's rows of a global batch by micro-step: (A, B, T), on the host.
+        """Returns this process's rows of a global batch by micro-step, (A, B, T), on the host, tokens in device order.
 
         Raises:
-            ConfigError: see `check_rows`.
+            ConfigError: see `check_rows`; or the devices of `context` do not divide a sequence.
         """
         self.check_rows(rows)
-        return {
+        arrays = {
             n: np.asarray(x).reshape(self.batch.accumulate, -1, *x.shape[1:])
             for n, x in rows.items()
         }
+        return self._in_device_order(arrays, 2)
 
     def put_batch(
         self, rows: Mapping[str, np.ndarray], *, training: bool = True
     ) -> dict[str, jax.Array]:
         """Puts this process's rows of a global batch on its devices: (A, B, T) for training, else (B, T).
 
+        Each device of the axis `context` gets its part of every sequence (`jaxspeed.context`).
+
         Raises:
-            ConfigError: see `check_rows`.
+            ConfigError: see `check_rows`; or the devices of `context` do not divide a sequence.
         """
         if training:
             arrays = self.arrange(rows)
         else:
             self.check_rows(rows)
             arrays = {n: np.asarray(x) for n, x in rows.items()}
-        sharding = self._batch_shardings[training]
+            arrays = self._in_device_order(arrays, 1)
+        shardings = self._batch_shardings(arrays, training=training)
         if jax.process_count() == 1:  # half the host time of the general call
-            return jax.device_put(arrays, sharding)
-        return {
-            n: jax.make_array_from_process_local_data(sharding, x)
-            for n, x in arrays.items()
-        }
+            return jax.device_put(arrays, shardings)
+        return {n: self._put(x, shardings[n], 0 + training) for n, x in arrays.items()}
 
-    @functools.cached_property
-    def _batch_shardings(self) -> tuple[NamedSharding, NamedSharding]:
-        """Of a batch for evaluation, and of one for training."""
-        return NamedSharding(self.mesh, P(BATCH_AXES)), NamedSharding(
-            self.mesh, P(None, BATCH_AXES)
-        )
+    def _put(self, mine: np.ndarray, sharding: NamedSharding, dim: int) -> jax.Array:
+        """Puts this process's rows of an array on its devices; each of these may have a part of the sequences only."""
+        index, count = self.process_rows
+        shape = list(mine.shape)
+        begin = index * shape[dim]
+        shape[dim] *= count
+
+        def part(at: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = at[dim].indices(shape[dim])
+            rows = slice(start - begin, stop - begin)
+            return mine[(*at[:dim], rows, *at[dim + 1 :])]
+
+        return jax.make_array_from_callback(tuple(shape), sharding, part)
+
+    def _in_device_order(
+        self, arrays: Mapping[str, np.ndarray], dim: int
+    ) -> dict[str, np.ndarray]:
+        """Returns the arrays with the tokens of each sequence, along `dim`, in the order in which devices have them."""
+        size, by = self.mesh.shape[AXIS], self.run.context
+        if size == 1:
+            return dict(arrays)
+        parts = parts_of(by, size)
+        ordered = {}
+        for name, x in arrays.items():
+            if x.ndim > dim:
+                length = x.shape[dim]
+                if length % parts:
+                    raise _indivisible(f"batch[{name!r}]", length, parts, size)
+                x = np.take(x, device_order(length, by, size), dim)
+            ordered[name] = x
+        return ordered
+
+    def _batch_shardings(
+        self, arrays: Mapping[str, Any], *, training: bool
+    ) -> dict[str, NamedSharding]:
+        """Returns how the arrays of a batch lie, by name."""
+        specs = batch_specs(arrays, (None,) if training else ())
+        return {n: NamedSharding(self.mesh, spec) for n, spec in specs.items()}
 
 
 def build_program(
@@ -328,9 +375,11 @@ def build_program(
     if targets:
         params, dims = with_adapters(targets, run.lora.rank, params, dims)
     placements = place_all(params, dims, sizes, run.zero, frozen)
+    if sizes["context"] > 1 and loss_fn is None:
+        _check_split(run, sizes["context"])
     platform = mesh.devices.flat[0].platform
     compute = jnp.dtype(run.dtype.compute)
-    if batch.shards > 1:
+    if len(devices) > sizes["tensor"]:
         _check_reduction(run, platform)
     spec = StepSpec(
         graphdef=graphdef,
@@ -339,6 +388,7 @@ def build_program(
         settings=Ambient(
             compute=compute, activations=_dtype(run.dtype.activations, compute, platform), attention=run.attention,
             platform="gpu" if platform in ("cuda", "rocm") else platform, remat=run.remat, tensor=sizes["tensor"],
+            context=sizes["context"], context_by=run.context,
         ),
         loss_fn=loss_fn or objective_of(run).loss,
         reduce_dtype=_dtype(run.dtype.reduce, compute, platform),
@@ -377,20 +427,25 @@ def notices(program: Program) -> list[str]:
     """Returns what the user should be told once: settings that this hardware makes idle."""
     run, sizes = program.run, program.mesh.shape
     said = []
-    if run.zero.stage and sizes["fsdp"] == 1:
+    shards = shards_of(sizes)
+    if run.zero.stage and shards == 1:
         said.append(
             f"zero.stage={run.zero.stage} shards nothing here: mesh.fsdp is 1 (one shard holds all)"
         )
+    if run.context != RunConfig.context and sizes[AXIS] == 1:
+        said.append(f"context={run.context} has nothing to do here: mesh.context is 1")
     if run.steps < run.schedule.warmup_steps:
         said.append(
             f"schedule.warmup_steps={run.schedule.warmup_steps}: the run's {run.steps} steps end before the warm-up does"
         )
     placements = jax.tree.leaves(program.spec.placements, is_leaf=is_placement)
     odd = [p for p in placements if p.zero_dim is None]
-    if odd and run.zero.stage and sizes["fsdp"] > 1:
+    if odd and run.zero.stage and shards > 1:
         count = sum(math.prod(p.shape) for p in odd)
+        names = [name for name in SHARD_AXES if sizes[name] > 1]
+        across = " x ".join(f"mesh.{name}={sizes[name]}" for name in names)
         said.append(
-            f"{len(odd)} parameters ({count:,} elements) stay whole: none of their dims divides by mesh.fsdp={sizes['fsdp']}"
+            f"{len(odd)} parameters ({count:,} elements) stay whole: none of their dims divides by {across}"
         )
     split = [p for p in placements if p.tensor_dim is None and math.prod(p.shape) > 1e6]
     if sizes["tensor"] > 1 and split:
@@ -398,11 +453,7 @@ def notices(program: Program) -> list[str]:
         said.append(
             f"not split over mesh.tensor={sizes['tensor']} (no dim that may be divides): {shapes}"
         )
-    if (
-        run.zero.stage == 3
-        and sizes["fsdp"] > 1
-        and not any(p.stacked for p in placements)
-    ):
+    if run.zero.stage == 3 and shards > 1 and not any(p.stacked for p in placements):
         said.append(
             "zero.stage=3 gathers the whole model at once: it has no jaxspeed.nn.Layers, which are gathered one by one"
         )
@@ -412,6 +463,37 @@ def notices(program: Program) -> list[str]:
             "which no parameter of this model is made for (jaxspeed.nn.param)"
         )
     return said
+
+
+def _check_split(run: RunConfig, size: int) -> None:
+    """Checks that the task's rows can be split over so many devices.
+
+    Raises:
+        ConfigError: they cannot.
+    """
+    if run.task.name not in SPLIT_TASKS:
+        raise config_error(
+            "mesh.context",
+            size,
+            f"task.name={run.task.name!r} reads rows whole",
+            f"give 1; {', '.join(sorted(SPLIT_TASKS))} can be split",
+        )
+    parts = parts_of(run.context, size)
+    objective = objective_of(run)
+    for length in (*run.task.buckets, run.seq_len):
+        for name, leaf in objective.leaves(run, length).items():
+            if leaf.shape and leaf.shape[0] % parts:
+                raise _indivisible(
+                    f"{name} of seq_len={length}", leaf.shape[0], parts, size
+                )
+
+
+def _indivisible(what: str, length: int, parts: int, size: int) -> ConfigError:
+    low = length // parts * parts
+    nearest = f"{low} or {low + parts}" if low else str(parts)
+    return ConfigError(
+        f"mesh.context={size}: {what} has {length} tokens, which do not divide into {parts} parts; nearest legal: {nearest}"
+    )
 
 
 def _frozen(

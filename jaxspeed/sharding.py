@@ -2,7 +2,7 @@
 """Where each array lives: the ZeRO stages as a table, and how a forward pass gets its parameters.
 
 A parameter's logical dims and shape give a `Placement`: at most one dim over `tensor`, at most one
-over `fsdp`. The stage says which *kinds* of array use the latter (`SHARDED`). A parameter enters
+over the axes that shard the model state (`config.SHARD_AXES`). The stage says which *kinds* of array use the latter (`SHARDED`). A parameter enters
 the forward pass as a `Weight`, which knows how to become whole where it is needed and where its
 gradient goes. No other module knows what a stage is. ADR 0001.
 """
@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from jaxspeed.ambient import current
-from jaxspeed.config import ConfigError, ZeroConfig
+from jaxspeed.config import SHARD_AXES, ConfigError, ZeroConfig
 from jaxspeed.paths import dotted, paths_of, subtree
 from jaxspeed.types import PyTree
 
@@ -31,7 +31,7 @@ SHARDED: Mapping[int, frozenset[str]] = {
     2: frozenset({"master", "gradient"}),
     3: frozenset({"master", "gradient", "compute"}),
 }
-"""ZeRO stage -> the kinds of array that are sharded over `fsdp`.
+"""ZeRO stage -> the kinds of array that are sharded over `SHARD_AXES`.
 
 master: fp32 parameters and optimizer state. gradient: the accumulator, so it is reduced every
 micro-step, as soon as a layer's gradient exists. compute: the copy that the forward and backward
@@ -55,7 +55,7 @@ class Placement:
     tensor_dim: int | None
     """Negative index of the dim over `tensor`."""
     zero_dim: int | None
-    """Negative index of the dim over `fsdp`, for the kinds in `sharded`."""
+    """Negative index of the dim over `SHARD_AXES`, for the kinds in `sharded`."""
     sharded: frozenset[str]
     """Kinds of array that use `zero_dim`."""
     trained: bool = True
@@ -73,11 +73,11 @@ class Placement:
             kind: one of the kinds in `SHARDED`.
             manual_only: leave `tensor` out, as the specs of a shard_map over the ZeRO axes must.
         """
-        axes: list[str | None] = [None] * len(self.shape)
+        axes: list[Any] = [None] * len(self.shape)
         if self.tensor_dim is not None and not manual_only:
             axes[self.tensor_dim] = "tensor"
         if self.zero_dim is not None and kind in self.sharded:
-            axes[self.zero_dim] = "fsdp"
+            axes[self.zero_dim] = SHARD_AXES
         return P(*axes)
 
     def tensor_spec(self, ndim: int) -> P:
@@ -96,7 +96,7 @@ def place(
 ) -> Placement:
     """Returns where a parameter lives.
 
-    The dim over `fsdp` is the largest one that divides, other than `layers` (which a scan
+    The dim over `SHARD_AXES` is the largest one that divides, other than `layers` (which a scan
     slices) and the `tensor` dim. A parameter without such a dim is replicated, at every stage.
 
     Args:
@@ -120,10 +120,9 @@ def place(
         if sizes["tensor"] > 1
         else None
     )
-    whole = [i for i in free if i != tensor and shape[i] % sizes["fsdp"] == 0]
-    best = (
-        max(whole, key=lambda i: shape[i], default=None) if sizes["fsdp"] > 1 else None
-    )
+    shards = shards_of(sizes)
+    whole = [i for i in free if i != tensor and shape[i] % shards == 0]
+    best = max(whole, key=lambda i: shape[i], default=None) if shards > 1 else None
     sharded = SHARDED[zero.stage]
     if math.prod(shape[i] for i in free) < zero.param_persistence_threshold:
         sharded -= {"compute"}
@@ -139,6 +138,11 @@ def matrix_inputs(dims: tuple[str | None, ...]) -> int:
     if inner[0] == "embed":
         return 1
     return len(inner) - 1 if inner[-1] == "embed" else 0
+
+
+def shards_of(sizes: Mapping[str, int]) -> int:
+    """Returns into how many shards ZeRO cuts an array on a mesh of these sizes."""
+    return math.prod(sizes[axis] for axis in SHARD_AXES)
 
 
 def place_all(
@@ -267,7 +271,7 @@ def is_placement(x: Any) -> bool:
 def shard(x: Array, *dims: str | None) -> Array:
     """Constrains an activation: logical dims in `TENSOR_DIMS` go over `tensor`, the rest are whole.
 
-    The batch is split outside (the ZeRO axes are manual), so `batch` and `seq` say nothing here yet.
+    Rows and sequences are split outside (those axes are manual), so `batch` and `seq` say nothing here yet.
     """
     settings = current()
     if settings.tensor == 1:
@@ -327,7 +331,7 @@ _materialise.defvjp(_materialise_fwd, _materialise_bwd)
 
 
 def all_gather(shard: Array, dim: int, dtype: Any, tensor: P | None) -> Array:
-    """Returns the whole of an array that is sharded along `dim` over `fsdp`, sent as `dtype`.
+    """Returns the whole of an array that is sharded along `dim` over `SHARD_AXES`, sent as `dtype`.
 
     Args:
         shard: this device's part.
@@ -336,15 +340,15 @@ def all_gather(shard: Array, dim: int, dtype: Any, tensor: P | None) -> Array:
         tensor: its partition over `tensor`; None where that axis has size 1.
     """
     gather = functools.partial(
-        jax.lax.all_gather, axis_name="fsdp", axis=dim, tiled=True
+        jax.lax.all_gather, axis_name=SHARD_AXES, axis=dim, tiled=True
     )
     return _with_tensor_manual(gather, tensor)(shard.astype(dtype))
 
 
 def reduce_scatter(gradient: Array, dim: int, dtype: Any, tensor: P | None) -> Array:
-    """Returns this device's float32 shard, along `dim`, of the sum over `fsdp`, sent as `dtype`; see `all_gather`."""
+    """Returns this device's float32 shard, along `dim`, of the sum over `SHARD_AXES`, sent as `dtype`; see `all_gather`."""
     scatter = functools.partial(
-        jax.lax.psum_scatter, axis_name="fsdp", scatter_dimension=dim, tiled=True
+        jax.lax.psum_scatter, axis_name=SHARD_AXES, scatter_dimension=dim, tiled=True
     )
     return _with_tensor_manual(scatter, tensor)(gradient.astype(dtype)).astype(
         jnp.float32

@@ -9,7 +9,7 @@ same way, so the compiler adds nothing but scalar sums (for element-wise optimiz
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,14 @@ import optax
 from jax.sharding import Mesh, PartitionSpec as P
 
 from jaxspeed.ambient import Ambient, ambient
-from jaxspeed.config import BATCH_AXES, ConfigError, LoraConfig, LossScaleConfig
+from jaxspeed.config import (
+    BATCH_AXES,
+    TOKEN_AXES,
+    ConfigError,
+    LoraConfig,
+    LossScaleConfig,
+)
+from jaxspeed.context import AXIS
 from jaxspeed.lora import joined
 from jaxspeed.loss_scale import update_loss_scale
 from jaxspeed.nn import merge
@@ -34,6 +41,7 @@ from jaxspeed.sharding import (
     is_weight,
     part_of,
     reduce_scatter,
+    shards_of,
 )
 from jaxspeed.types import Batch, LossFn, Params, PyTree, Sums
 
@@ -62,6 +70,11 @@ class StepSpec:
     """Scale and dropout of the adapters, if there are any."""
 
     @functools.cached_property
+    def whole_rows(self) -> Ambient:
+        """The settings where each device of `context` has whole sequences, the same ones: all but training and its loss."""
+        return dataclasses.replace(self.settings, context=1)
+
+    @functools.cached_property
     def trained(self) -> PyTree:
         """The placements of those parameters that are trained."""
         return part_of(self.placements, self.placements)
@@ -85,7 +98,7 @@ def make_grad_fn(spec: StepSpec) -> GradFn:
         params: Params, batch: Batch, loss_scale: jax.Array, key: jax.Array
     ) -> tuple[PyTree, Sums]:
         whole = compute_weights(spec, params)
-        device_key = jax.random.fold_in(key, jax.lax.axis_index(BATCH_AXES))
+        device_key = jax.random.fold_in(key, jax.lax.axis_index(TOKEN_AXES))
 
         def micro_step(
             total: PyTree, xs: tuple[Batch, jax.Array]
@@ -120,11 +133,33 @@ def make_grad_fn(spec: StepSpec) -> GradFn:
         gradients = jax.tree.map(
             lambda g, place: _final_reduction(g, place, spec), gradients, spec.trained
         )
-        return gradients, jax.tree.map(lambda x: jax.lax.psum(x, BATCH_AXES), sums)
+        return gradients, jax.tree.map(lambda x: jax.lax.psum(x, TOKEN_AXES), sums)
 
-    others = (P(None, BATCH_AXES), P(), P())
     specs = _master_specs(spec.trained)
-    return on_zero_axes(spec, local, others, (specs, P()))
+
+    def grad_fn(
+        params: Params, batch: Batch, loss_scale: jax.Array, key: jax.Array
+    ) -> tuple[PyTree, Sums]:
+        others = (batch_specs(batch, (None,)), P(), P())
+        run = on_zero_axes(spec, local, others, (specs, P()))
+        return run(params, batch, loss_scale, key)
+
+    return grad_fn
+
+
+def batch_specs(batch: Mapping[str, Any], lead: tuple[None, ...] = ()) -> dict[str, P]:
+    """Returns how each array of a batch lies: rows over `BATCH_AXES`, and what the rows hold over `context`.
+
+    Args:
+        batch: arrays or their shapes.
+        lead: dims before the rows.
+    """
+
+    def one(x: Any) -> P:
+        along = (AXIS,) if len(x.shape) > len(lead) + 1 else ()
+        return P(*lead, BATCH_AXES, *along)
+
+    return {name: one(x) for name, x in batch.items()}
 
 
 def manual_axes(mesh: Mesh) -> set[str]:
@@ -132,22 +167,31 @@ def manual_axes(mesh: Mesh) -> set[str]:
 
     An axis left to the compiler, even of size 1, bars attention kernels, which it cannot partition.
     """
-    return set(BATCH_AXES) | ({"tensor"} if mesh.shape["tensor"] == 1 else set())
+    return set(TOKEN_AXES) | ({"tensor"} if mesh.shape["tensor"] == 1 else set())
 
 
 def make_eval_fn(spec: StepSpec) -> Callable[[Params, Batch], Sums]:
     """Returns `(params, batch) -> sums` without gradients or dropout; batch leaves are (B, T)."""
-    run = make_predict_fn(spec, lambda model, batch: (spec.loss_fn(model, batch), ()))
-    return lambda params, batch: run(params, batch)[0]
+
+    def local(params: Params, batch: Batch) -> Sums:
+        with ambient(spec.settings):
+            model = model_of(spec, compute_weights(spec, params))
+            sums = _as_sums(spec.loss_fn(model, batch))
+        return jax.tree.map(lambda x: jax.lax.psum(x, TOKEN_AXES), sums)
+
+    def eval_fn(params: Params, batch: Batch) -> Sums:
+        return on_zero_axes(spec, local, (batch_specs(batch),), P())(params, batch)
+
+    return eval_fn
 
 
 def make_predict_fn(
     spec: StepSpec, predict: PredictFn
 ) -> Callable[[Params, Batch], tuple[Sums, PyTree]]:
-    """Returns `(params, batch) -> (sums, outputs)` without gradients or dropout; leaves of both are (B, ...)."""
+    """Returns `(params, batch) -> (sums, outputs)` without gradients or dropout; leaves of both are (B, ...), sequences whole."""
 
     def local(params: Params, batch: Batch) -> tuple[Sums, PyTree]:
-        with ambient(spec.settings):
+        with ambient(spec.whole_rows):
             model = model_of(spec, compute_weights(spec, params))
             sums, outputs = predict(model, batch)
         total = jax.tree.map(lambda x: jax.lax.psum(x, BATCH_AXES), _as_sums(sums))
@@ -297,7 +341,7 @@ def _slot(master: jax.Array, place: Placement, mesh: Mesh) -> jax.Array:
         and "master" in place.sharded
         and "gradient" not in place.sharded
     ):
-        shape[place.zero_dim] *= mesh.shape["fsdp"]
+        shape[place.zero_dim] *= shards_of(mesh.shape)
     zeros = jnp.zeros(shape, jnp.float32)
     return (
         jax.lax.with_sharding_constraint(zeros, place.tensor_spec(len(shape)))
@@ -312,7 +356,7 @@ def _final_reduction(
     """Sums an accumulated gradient over what it has not been summed over yet, and leaves the master's shard."""
     tensor = _tensor(place, spec)
     if place.zero_dim is None or "master" not in place.sharded:
-        return all_reduce(gradient, BATCH_AXES, spec.reduce_dtype, tensor)
+        return all_reduce(gradient, TOKEN_AXES, spec.reduce_dtype, tensor)
     if "gradient" not in place.sharded:
         gradient = reduce_scatter(
             gradient, place.zero_dim % gradient.ndim, spec.reduce_dtype, tensor

@@ -175,7 +175,7 @@ class Embedding(nnx.Module):
                 raise ValueError(
                     f"a row has {x.shape[1]} tokens; the model has {self.limit} positions; raise model.max_seq_len"
                 )
-            positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
+            positions = ops.row_places(x.shape[:2])
         if self.scale:
             x = x * x.shape[-1] ** 0.5
         if self.learned:
@@ -357,7 +357,7 @@ class Bart(nnx.Module):
         self, inputs: Int[Array, "B S"], segment_ids: Int[Array, "B S"] | None = None
     ) -> Float[Array, "B S D"]:
         """Returns the memory: the encoder's last hidden states. Positions count from each segment's beginning."""
-        positions = None if segment_ids is None else _places(segment_ids)
+        positions = None if segment_ids is None else ops.document_places(segment_ids)
         x = self.encoder_embed(ops.embed(self.embed[...], inputs), positions)
         x = self.encoder(ops.dropout(x, self.dropout, site=0), segment_ids)
         return self.encoder_norm(x) if self.norm_first else x
@@ -400,14 +400,6 @@ class Bart(nnx.Module):
             memory_segment_ids=segment_ids,
         )
         return ops.linear(hidden, self.output_embedding().T, self.output_bias())
-
-
-def _places(segment_ids: Int[Array, "B S"]) -> Int[Array, "B S"]:
-    """Returns how many tokens of its segment stand before each token."""
-    slots = jnp.broadcast_to(jnp.arange(segment_ids.shape[1]), segment_ids.shape)
-    before = jnp.pad(segment_ids, [(0, 0), (1, 0)])[:, :-1]
-    begins = jnp.where(segment_ids != before, slots, 0)
-    return slots - jax.lax.cummax(begins, axis=1)
 
 
 KINDS = {

@@ -246,7 +246,7 @@ class Bert(nnx.Module):
                 raise ValueError(
                     f"inputs have {inputs.shape[1]} tokens; the model has {limit} positions; raise model.max_seq_len"
                 )
-            positions = jnp.broadcast_to(jnp.arange(inputs.shape[1]), inputs.shape)
+            positions = ops.row_places(inputs.shape)
         x = ops.embed(self.embed[...], inputs) + ops.embed(
             self.positions[...], positions
         )
@@ -259,6 +259,7 @@ class Bert(nnx.Module):
 
     def pooled(self, hidden: Float[Array, "B S D"]) -> Float[Array, "B D"]:
         """Returns what stands for the row: its first token through a dense layer."""
+        ops.need_whole("a label of the row")
         first = self.pool(hidden[:, 0])
         return jnp.tanh(first) if self.pooler else jax.nn.relu(first)
 

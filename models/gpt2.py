@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -218,7 +217,7 @@ class GPT2(nnx.Module):
                 raise ValueError(
                     f"inputs have {inputs.shape[1]} tokens; the model has {limit} positions; raise model.max_seq_len"
                 )
-            positions = jnp.broadcast_to(jnp.arange(inputs.shape[1]), inputs.shape)
+            positions = ops.row_places(inputs.shape)
         x = ops.embed(self.embed[...], inputs) + ops.embed(
             self.positions[...], positions
         )

@@ -101,6 +101,7 @@ def last_token(
     x: Float[Array, "B T D"], segment_ids: Int[Array, "B T"] | None
 ) -> Float[Array, "B D"]:
     """Returns each row at its last token that is not padding."""
+    ops.need_whole("a label of the row")
     if segment_ids is None:
         return x[:, -1]
     places = jnp.arange(x.shape[1], dtype=jnp.int32)[None]

@@ -281,6 +281,7 @@ class Patches(nnx.Module):
         self, pixels: Float[Array, "B height width channels"]
     ) -> Float[Array, "B S D"]:
         """Returns the tokens: patches row by row, one product for all."""
+        ops.need_whole("an image")
         B, *shape = pixels.shape
         if tuple(shape) != self.wanted:
             raise ValueError(
@@ -294,7 +295,7 @@ class Patches(nnx.Module):
             self.class_token[...].astype(x.dtype).reshape(1, 1, -1), (B, 1, x.shape[2])
         )
         x = jnp.concatenate([first, x], axis=1)
-        places = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
+        places = ops.row_places(x.shape[:2])
         return x + ops.embed(self.positions[...], places)
 
 
@@ -398,7 +399,7 @@ class ImageText(nnx.Module):
                 raise ValueError(
                     f"decoder_inputs have {length} tokens; the model has {limit} positions; raise model.max_seq_len"
                 )
-            positions = jnp.broadcast_to(jnp.arange(length), decoder_inputs.shape)
+            positions = ops.row_places(decoder_inputs.shape)
         x = ops.embed(self.embed[...], decoder_inputs)
         x = x + ops.embed(self.positions[...], positions)
         x = self.decoder(

@@ -366,7 +366,7 @@ class Llama(nnx.Module):
     ) -> Float[Array, "B T D"]:
         """Returns the normalised last hidden states."""
         if positions is None:
-            positions = jnp.broadcast_to(jnp.arange(inputs.shape[1]), inputs.shape)
+            positions = ops.row_places(inputs.shape)
         each = tuple(flags and jnp.asarray(flags) for flags in self.each)
         x = ops.embed(self.embed[...], inputs)
         return self.final_norm(self.layers(x, positions, segment_ids, each=each))

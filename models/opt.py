@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -241,7 +240,7 @@ class OPT(nnx.Module):
                 raise ValueError(
                     f"inputs have {inputs.shape[1]} tokens; the model has {limit} positions; raise model.max_seq_len"
                 )
-            positions = jnp.broadcast_to(jnp.arange(inputs.shape[1]), inputs.shape)
+            positions = ops.row_places(inputs.shape)
         x = ops.embed(self.embed[...], inputs)
         if self.projected:
             x = ops.linear(x, self.w_enter[...])

@@ -350,6 +350,7 @@ class Whisper(nnx.Module):
             inputs: log-mel spectrograms.
             segment_ids: recording of each position; None: one a row, without padding.
         """
+        ops.need_whole("sound")
         limit, frames = self.waves.shape[0], inputs.shape[1]
         if frames % 2 or frames > 2 * limit:
             raise ValueError(
@@ -358,7 +359,7 @@ class Whisper(nnx.Module):
         each = None if segment_ids is None else jnp.repeat(segment_ids, 2, axis=1)
         x = shard(self.conv1(inputs, each, stride=1), "batch", "seq", "mlp")
         x = gelu(self.conv2(gelu(x), each, stride=2))
-        positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
+        positions = ops.row_places(x.shape[:2])
         if segment_ids is not None:
             positions = positions - _starts(segment_ids, positions)
         x = x + ops.embed(jax.lax.stop_gradient(self.waves[...]), positions)
@@ -381,7 +382,7 @@ class Whisper(nnx.Module):
                 raise ValueError(
                     f"decoder_inputs have {length} tokens; the model has {limit} positions; raise model.max_seq_len"
                 )
-            positions = jnp.broadcast_to(jnp.arange(length), decoder_inputs.shape)
+            positions = ops.row_places(decoder_inputs.shape)
         x = ops.embed(self.embed[...], decoder_inputs)
         x = x + ops.embed(self.positions[...], positions)
         x = ops.dropout(x, self.dropout, site=1)

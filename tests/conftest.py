@@ -9,6 +9,7 @@ A GPU machine runs its own tests by `JAX_PLATFORMS=cuda pytest -m gpu`.
 """
 
 import importlib.util
+import math
 import os
 import shutil
 import sys
@@ -53,15 +54,14 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 @pytest.fixture(scope="session")
 def mesh() -> Callable[..., Mesh]:
-    """Returns `mesh(data=1, fsdp=1, tensor=1)`, a mesh over the first devices."""
+    """Returns `mesh(data=1, fsdp=1, context=1, tensor=1)`, a mesh over the first devices."""
 
-    def build(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
-        devices = np.array(jax.devices()[: data * fsdp * tensor])
-        return Mesh(
-            devices.reshape(data, fsdp, tensor),
-            ("data", "fsdp", "tensor"),
-            axis_types=(AxisType.Auto,) * 3,
-        )
+    def build(data: int = 1, fsdp: int = 1, context: int = 1, tensor: int = 1) -> Mesh:
+        sizes = (data, fsdp, context, tensor)
+        devices = np.array(jax.devices()[: math.prod(sizes)])
+        types = (AxisType.Auto,) * len(sizes)
+        axes = ("data", "fsdp", "context", "tensor")
+        return Mesh(devices.reshape(sizes), axes, axis_types=types)
 
     return build
 

@@ -17,8 +17,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 LAYERS = {
-    0: "batch checks config sampling types",
-    1: "ambient cache choice launch ledger mesh nn ops paths remat sharding tensorfiles tiles topology",
+    0: "batch checks config config_task sampling types",
+    1: "ambient cache choice context launch ledger mesh nn ops paths remat sharding tensorfiles tiles topology",
     2: "checkpoint data deepspeed_json deepspeed_keys deepspeed_rules frozen gguf_files gguf_tokenizers hf loss_scale "
     "losses metrics objectives offload optim precision progress report schedules",
     3: "generate lora peft pipeline program state step",
@@ -60,10 +60,13 @@ FORBIDDEN = {"cloudpickle", "dill", "marshal", "pickle", "shelve"}
 """A file that is read by these can run code."""
 
 READ_BY_METHOD = {
-    "sizes": {"MeshConfig": {"data", "fsdp", "tensor"}},
+    "sizes": {"MeshConfig": {"data", "fsdp", "context", "tensor"}},
     "validate": {"RunConfig": {"global_batch_size", "micro_batch_size", "accumulate"}},
 }
 """Methods of config.py that read these fields on behalf of whoever calls them."""
+
+CONFIG_FILES = ("config.py", "config_task.py")
+"""Where the configuration's classes are."""
 
 MAX_FILE_LINES = 800
 MAX_FUNCTION_LINES = 80
@@ -179,9 +182,14 @@ def test_optional_packages_are_imported_where_they_are_needed(path: Path) -> Non
     assert not early, f"import inside the function that needs it: {early}"
 
 
-@by_path([ROOT / "jaxspeed" / f"{name}.py" for name in ("batch", "checks", "config")])
+@by_path(
+    [
+        ROOT / "jaxspeed" / f"{name}.py"
+        for name in ("batch", "checks", "config", "config_task")
+    ]
+)
 def test_config_needs_only_the_standard_library(path: Path) -> None:
-    ours = {"jaxspeed.batch", "jaxspeed.checks"}
+    ours = {"jaxspeed.batch", "jaxspeed.checks", "jaxspeed.config_task"}
     others = {m for m, _ in imports(path)} - ours
     assert {m.split(".")[0] for m in others} <= sys.stdlib_module_names
 
@@ -270,7 +278,8 @@ def config_classes() -> dict[str, set[str]]:
             for s in node.body
             if isinstance(s, ast.AnnAssign) and isinstance(s.target, ast.Name)
         }
-        for node in tree_of(ROOT / "jaxspeed" / "config.py").body
+        for name in CONFIG_FILES
+        for node in tree_of(ROOT / "jaxspeed" / name).body
         if isinstance(node, ast.ClassDef) and node.name.endswith("Config")
     }
 
@@ -332,7 +341,7 @@ def last_name(node: ast.AST) -> str:
 
 @pytest.mark.parametrize("kind", config_classes())
 def test_every_config_field_is_read(kind: str) -> None:
-    readers = [p for p in under("jaxspeed", "train.py") if p.name != "config.py"]
+    readers = [p for p in under("jaxspeed", "train.py") if p.name not in CONFIG_FILES]
     read = {field for path in readers for k, field in fields_read(path) if k == kind}
     unread = sorted(config_classes()[kind] - read)
     assert not unread, f"nothing outside config.py reads {kind} {unread}"

@@ -253,22 +253,22 @@ def test_tables_of_tasks_name_real_tasks_and_settings() -> None:
 @pytest.mark.parametrize(
     ("given", "devices", "sizes"),
     [
-        ({}, 8, (1, 8, 1)),
-        ({}, 1, (1, 1, 1)),
-        ({"data": 4}, 8, (4, 2, 1)),
-        ({"tensor": 2}, 8, (1, 4, 2)),
-        ({"data": -1, "fsdp": 2}, 8, (4, 2, 1)),
-        ({"data": 2, "fsdp": 2, "tensor": -1}, 8, (2, 2, 2)),
-        ({"data": 2, "fsdp": 2, "tensor": 2}, 8, (2, 2, 2)),
-        ({"data": 8}, 8, (8, 1, 1)),
+        ({}, 8, (1, 8, 1, 1)),
+        ({}, 1, (1, 1, 1, 1)),
+        ({"data": 4}, 8, (4, 2, 1, 1)),
+        ({"tensor": 2}, 8, (1, 4, 1, 2)),
+        ({"context": 4, "tensor": 2}, 8, (1, 1, 4, 2)),
+        ({"data": -1, "fsdp": 2}, 8, (4, 2, 1, 1)),
+        ({"data": 2, "fsdp": 2, "tensor": -1}, 8, (2, 2, 1, 2)),
+        ({"data": 2, "fsdp": 2, "tensor": 2}, 8, (2, 2, 1, 2)),
+        ({"data": 8}, 8, (8, 1, 1, 1)),
     ],
 )
 def test_mesh_sizes_multiply_to_the_devices(
     given: dict[str, int], devices: int, sizes: tuple[int, ...]
 ) -> None:
-    assert MeshConfig(**given).sizes(devices) == dict(
-        zip(("data", "fsdp", "tensor"), sizes, strict=True)
-    )
+    axes = ("data", "fsdp", "context", "tensor")
+    assert MeshConfig(**given).sizes(devices) == dict(zip(axes, sizes, strict=True))
 
 
 @pytest.mark.parametrize(

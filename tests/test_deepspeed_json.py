@@ -465,6 +465,11 @@ def test_two_names_of_one_setting_must_agree() -> None:
     assert "contradicts tensor_parallel.autotp_size, which sets mesh.tensor = 4" in text
 
 
+def test_sequences_are_split_by_ulysses() -> None:
+    run = apply({"sequence_parallel_size": 2})
+    assert (run.mesh.context, run.context) == (2, "ulysses")
+
+
 def test_steps_per_print_of_infinity_never_prints() -> None:
     assert apply({"steps_per_print": math.inf}).log_every == RUN.log_every
 

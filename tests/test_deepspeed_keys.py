@@ -480,7 +480,6 @@ def test_refused_optimizer_says_what_to_use(kind: str) -> None:
         ("pipeline.stages", 4),
         ("progressive_layer_drop.enabled", True),
         ("quantize_training.enabled", True),
-        ("sequence_parallel_size", 2),
         ("sparse_attention.mode", "fixed"),
         ("tensor_parallel.kernel_inject", True),
         ("wandb.enabled", True),

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The mesh has the axes it is told, outermost first, over each device once."""
 
+import math
+
 import jax
 import pytest
 from jax.sharding import AxisType
@@ -9,25 +11,29 @@ from jaxspeed.config import MESH_AXES, MeshConfig
 from jaxspeed.mesh import build_mesh
 
 
-SIZES = [(1, 8, 1), (8, 1, 1), (2, 2, 2), (2, 4, 1), (1, 4, 2), (1, 1, 1), (1, 2, 1)]
+SIZES = [
+    (1, 8, 1, 1), (8, 1, 1, 1), (2, 2, 1, 2), (2, 2, 2, 1), (2, 4, 1, 1), (1, 4, 1, 2),
+    (1, 1, 1, 1), (1, 2, 1, 1),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("sizes", SIZES)
 def test_mesh_has_its_axes_in_order_over_each_device_once(
     sizes: tuple[int, ...],
 ) -> None:
-    devices = jax.devices()[: sizes[0] * sizes[1] * sizes[2]]
+    devices = jax.devices()[: math.prod(sizes)]
     mesh = build_mesh(dict(zip(MESH_AXES, sizes, strict=True)), devices)
     assert mesh.axis_names == MESH_AXES
     assert tuple(mesh.shape.values()) == mesh.devices.shape == sizes
     assert sorted(d.id for d in mesh.devices.flat) == [d.id for d in devices]
-    assert mesh.axis_types == (AxisType.Auto,) * 3
+    assert mesh.axis_types == (AxisType.Auto,) * 4
 
 
 def test_all_devices_are_taken_by_default() -> None:
     assert build_mesh(MeshConfig().sizes(8)).shape == {
         "data": 1,
         "fsdp": 8,
+        "context": 1,
         "tensor": 1,
     }
 

@@ -12,7 +12,7 @@ from flax import nnx
 
 from jaxspeed import nn, ops
 from jaxspeed.ambient import ambient
-from jaxspeed.config import ConfigError, ZeroConfig
+from jaxspeed.config import MESH_AXES, ConfigError, ZeroConfig
 from jaxspeed.sharding import Weight, is_weight, place_all
 from tests import toy
 
@@ -224,7 +224,7 @@ def test_each_layer_drops_other_elements() -> None:
 
 def test_weights_of_layers_stay_weights_until_their_layer_runs() -> None:
     graphdef, params, dims = nn.split(build(nn.rngs(KEY)))
-    places = place_all(params, dims, {"data": 1, "fsdp": 1, "tensor": 1}, ZeroConfig())
+    places = place_all(params, dims, dict.fromkeys(MESH_AXES, 1), ZeroConfig())
     weights = jax.tree.map(
         lambda p, place: Weight(p, None, place, jnp.float32), params, places
     )

@@ -40,7 +40,8 @@ def test_training_batch_has_the_rows_of_micro_step_i_at_index_i() -> None:
     np.testing.assert_array_equal(batch["weight"], rows["weight"].reshape(2, G // 2))
     for x in batch.values():
         assert isinstance(x.sharding, NamedSharding)
-        assert x.sharding.spec == P(None, ("data", "fsdp"))
+        along = ("context",) if x.ndim > 2 else ()
+        assert x.sharding.spec == P(None, ("data", "fsdp"), *along)
         assert x.addressable_shards[0].data.shape[:2] == (2, program.batch.micro_size)
 
 

@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 from jaxspeed.ambient import ambient
-from jaxspeed.config import ZeroConfig
+from jaxspeed.config import SHARD_AXES, ZeroConfig
 from jaxspeed.sharding import (
     SHARDED,
     Placement,
@@ -25,8 +25,9 @@ from jaxspeed.sharding import (
 )
 
 
-SIZES = {"data": 1, "fsdp": 8, "tensor": 1}
-TENSOR = {"data": 2, "fsdp": 2, "tensor": 2}
+SIZES = {"data": 1, "fsdp": 8, "context": 1, "tensor": 1}
+TENSOR = {"data": 2, "fsdp": 2, "context": 1, "tensor": 2}
+CONTEXT = {"data": 2, "fsdp": 2, "context": 2, "tensor": 1}
 
 RNG = np.random.default_rng(0)
 
@@ -48,41 +49,48 @@ TABLE = {
 def test_stage_shards_the_kinds_of_the_table(stage: int, kind: str) -> None:
     placement = place((16, 32), ("embed", "mlp"), SIZES, zero(stage))
     assert placement.spec(kind) == (
-        P(None, "fsdp") if TABLE[stage][kind] else P(None, None)
+        P(None, SHARD_AXES) if TABLE[stage][kind] else P(None, None)
     )
     assert (kind in SHARDED[stage]) == TABLE[stage][kind]
 
 
 PLACES = [
     # shape, dims, mesh, spec of the master
-    ((16, 32), ("embed", "mlp"), SIZES, P(None, "fsdp")),
-    ((32, 16), ("mlp", "embed"), SIZES, P("fsdp", None)),
-    ((16, 16), ("embed", "mlp"), SIZES, P("fsdp", None)),
-    ((16, 33), ("embed", "mlp"), SIZES, P("fsdp", None)),
+    ((16, 32), ("embed", "mlp"), SIZES, P(None, SHARD_AXES)),
+    ((32, 16), ("mlp", "embed"), SIZES, P(SHARD_AXES, None)),
+    ((16, 16), ("embed", "mlp"), SIZES, P(SHARD_AXES, None)),
+    ((16, 33), ("embed", "mlp"), SIZES, P(SHARD_AXES, None)),
+    ((2, 4), ("embed", "mlp"), CONTEXT, P(None, SHARD_AXES)),
+    ((2, 6), ("embed", "mlp"), CONTEXT, P(None, None)),
     ((15, 33), ("embed", "mlp"), SIZES, P(None, None)),
-    ((8, 16, 15), ("layers", "embed", "mlp"), SIZES, P(None, "fsdp", None)),
+    ((8, 16, 15), ("layers", "embed", "mlp"), SIZES, P(None, SHARD_AXES, None)),
     ((8, 15, 15), ("layers", "embed", "mlp"), SIZES, P(None, None, None)),
-    ((8,), ("embed",), SIZES, P("fsdp")),
+    ((8,), ("embed",), SIZES, P(SHARD_AXES)),
     ((4,), ("embed",), SIZES, P(None)),
     ((), (), SIZES, P()),
-    ((3, 24), None, SIZES, P(None, "fsdp")),
-    ((16, 32), ("embed", "mlp"), {"data": 8, "fsdp": 1, "tensor": 1}, P(None, None)),
-    ((16, 32), ("embed", "mlp"), TENSOR, P("fsdp", "tensor")),
-    ((32, 16), ("mlp", "embed"), TENSOR, P("tensor", "fsdp")),
-    ((16, 4, 8), ("embed", "heads", "head_dim"), TENSOR, P("fsdp", "tensor", None)),
-    ((16, 3, 8), ("embed", "heads", "head_dim"), TENSOR, P("fsdp", None, None)),
-    ((16, 1, 8), ("embed", "kv_heads", "head_dim"), TENSOR, P("fsdp", None, None)),
-    ((64, 16), ("vocab", "embed"), TENSOR, P("tensor", "fsdp")),
-    ((63, 16), ("vocab", "embed"), TENSOR, P(None, "fsdp")),
+    ((3, 24), None, SIZES, P(None, SHARD_AXES)),
+    (
+        (16, 32),
+        ("embed", "mlp"),
+        {"data": 8, "fsdp": 1, "context": 1, "tensor": 1},
+        P(None, None),
+    ),
+    ((16, 32), ("embed", "mlp"), TENSOR, P(SHARD_AXES, "tensor")),
+    ((32, 16), ("mlp", "embed"), TENSOR, P("tensor", SHARD_AXES)),
+    ((16, 4, 8), ("embed", "heads", "head_dim"), TENSOR, P(SHARD_AXES, "tensor", None)),
+    ((16, 3, 8), ("embed", "heads", "head_dim"), TENSOR, P(SHARD_AXES, None, None)),
+    ((16, 1, 8), ("embed", "kv_heads", "head_dim"), TENSOR, P(SHARD_AXES, None, None)),
+    ((64, 16), ("vocab", "embed"), TENSOR, P("tensor", SHARD_AXES)),
+    ((63, 16), ("vocab", "embed"), TENSOR, P(None, SHARD_AXES)),
     (
         (3, 16, 4, 8),
         ("layers", "embed", "heads", "head_dim"),
         TENSOR,
-        P(None, "fsdp", "tensor", None),
+        P(None, SHARD_AXES, "tensor", None),
     ),
     ((16,), ("mlp",), TENSOR, P("tensor")),
-    ((16, 32), None, TENSOR, P(None, "fsdp")),
-    ((16, 32), (None, "mlp"), TENSOR, P("fsdp", "tensor")),
+    ((16, 32), None, TENSOR, P(None, SHARD_AXES)),
+    ((16, 32), (None, "mlp"), TENSOR, P(SHARD_AXES, "tensor")),
 ]
 
 
@@ -92,7 +100,7 @@ def test_dims_go_over_tensor_by_name_and_over_fsdp_by_size(
 ) -> None:
     placement = place(shape, dims, sizes, zero(3))
     assert placement.spec("master") == spec
-    manual = P(*(axis if axis == "fsdp" else None for axis in spec))
+    manual = P(*(axis if axis == SHARD_AXES else None for axis in spec))
     assert placement.spec("master", manual_only=True) == manual
     assert place(shape, dims, sizes, zero(0)).spec("master") == P(
         *(axis if axis == "tensor" else None for axis in spec)
@@ -126,9 +134,9 @@ def test_small_parameter_of_a_layer_is_gathered_once_a_step(
     shape: Any, dims: Any, threshold: int, gathered_in_layers: bool
 ) -> None:
     placement = place(shape, dims, SIZES, zero(3, threshold))
-    assert ("fsdp" in placement.spec("compute")) == gathered_in_layers
-    assert "fsdp" in placement.spec("master")
-    assert "fsdp" in placement.spec("gradient")
+    assert (SHARD_AXES in placement.spec("compute")) == gathered_in_layers
+    assert SHARD_AXES in placement.spec("master")
+    assert SHARD_AXES in placement.spec("gradient")
 
 
 def test_dims_and_shape_of_different_length_are_refused() -> None:
@@ -212,7 +220,9 @@ def test_bfloat16_weight_is_rounded_and_its_gradient_is_not(
 
 
 def test_weight_without_a_slot_has_a_value() -> None:
-    placement = place(W.shape, None, {"data": 1, "fsdp": 1, "tensor": 1}, zero(3))
+    placement = place(
+        W.shape, None, {"data": 1, "fsdp": 1, "context": 1, "tensor": 1}, zero(3)
+    )
     assert jnp.array_equal(
         Weight(jnp.asarray(W), None, placement, jnp.float32).materialise(), W
     )

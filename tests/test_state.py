@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from jaxspeed.config import LossScaleConfig, MeshConfig, OptimConfig
+from jaxspeed.config import SHARD_AXES, LossScaleConfig, MeshConfig, OptimConfig
 from jaxspeed.program import Program
 from jaxspeed.sharding import is_placement
 from jaxspeed.state import bytes_per_device
@@ -72,7 +72,7 @@ def test_values_are_those_of_one_device(stage: int, mesh: str) -> None:
 def test_masters_and_moments_are_sharded_from_stage_1_on(stage: int) -> None:
     abstract = program(stage, "1x8").abstract_state
     specs = {x.sharding.spec for x in jax.tree.leaves(abstract["params"]) if x.ndim}
-    assert ({"fsdp" in spec for spec in specs} == {True}) == (stage > 0)
+    assert ({SHARD_AXES in spec for spec in specs} == {True}) == (stage > 0)
     moments = [x for x in jax.tree.leaves(abstract["opt"]) if x.ndim]
     for param in jax.tree.leaves(abstract["params"]):
         assert (

@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The mathematics that model families share: pure functions, no parameters, no modules."""
 
+from jaxspeed.context import need_whole as need_whole
 from jaxspeed.ops.attention import attention as attention
 from jaxspeed.ops.cross_entropy import fused_cross_entropy as fused_cross_entropy
 from jaxspeed.ops.embedding import embed as embed
 from jaxspeed.ops.linear import Matrix as Matrix, linear as linear
 from jaxspeed.ops.norm import layer_norm as layer_norm, rms_norm as rms_norm
+from jaxspeed.ops.places import (
+    document_places as document_places,
+    row_places as row_places,
+)
 from jaxspeed.ops.pointwise import (
     dropout as dropout,
     gelu as gelu,

@@ -18,8 +18,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxspeed.ambient import current
 from jaxspeed.cache import Cache
-from jaxspeed.config import ConfigError
+from jaxspeed.config import ConfigError, config_error
 from jaxspeed.ops.cpu_attention import HIDDEN_SCORE, Reach, cpu_attention
+from jaxspeed.ops.split_attention import exchange, own_heads, ring_attention
 from jaxspeed.sharding import shard
 
 
@@ -90,8 +91,77 @@ def attention(
         segment_ids = _ones(q) if segment_ids is None else segment_ids
         key_segment_ids = _ones(k) if key_segment_ids is None else key_segment_ids
     form = Form(causal, window, bias is not None, crossed)
-    added = None if bias is None else bias(_distances(T, S))
+    read = _split if current().context > 1 else _whole
+    return read(form, windowed, q, k, v, segment_ids, key_segment_ids, bias, scale)
+
+
+def _whole(
+    form: Form,
+    windowed: Array | None,
+    q: Array,
+    k: Array,
+    v: Array,
+    segment_ids: Array | None,
+    key_segment_ids: Array | None,
+    bias: Bias | None,
+    scale: float | None,
+) -> Array:
+    added = None if bias is None else bias(_distances(q.shape[1], k.shape[1]))
     return _in_form(form, windowed, q, k, v, segment_ids, key_segment_ids, added, scale)
+
+
+def _split(
+    form: Form,
+    windowed: Array | None,
+    q: Array,
+    k: Array,
+    v: Array,
+    segment_ids: Array | None,
+    key_segment_ids: Array | None,
+    bias: Bias | None,
+    scale: float | None,
+) -> Array:
+    """Returns attention over sequences that the mesh axis `context` splits."""
+    settings = current()
+
+    def by_heads(q: Array, k: Array, v: Array, ids: Any, key_ids: Any) -> Array:
+        own = None
+        if bias is not None:
+            own = lambda distances: own_heads(bias(distances))
+        return _whole(form, windowed, q, k, v, ids, key_ids, own, scale)
+
+    def by_ring(q: Array, k: Array, v: Array, ids: Any, key_ids: Any) -> Array:
+        attended = ring_attention(
+            q, k, v, ids, key_ids, windowed, causal=form.causal, window=form.window,
+            scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        )  # fmt: skip
+        return attended.astype(settings.activations)
+
+    if settings.context_by == "ulysses":
+        attend: Any = functools.partial(exchange, by_heads)
+    elif bias is None:
+        attend = by_ring
+    else:
+        raise config_error(
+            "context", "ring", "it adds no bias to the scores", "give --context ulysses"
+        )
+    ids = (segment_ids, key_segment_ids)
+    if settings.tensor == 1:
+        return attend(q, k, v, *ids)
+    if bias is not None:
+        raise config_error(
+            "mesh.context", settings.context, "this model's bias is split over mesh.tensor",
+            "set one of them to 1",
+        )  # fmt: skip
+    _check_heads(settings.tensor, q.shape[2], k.shape[2])
+    heads = P(None, None, "tensor", None)
+    return jax.shard_map(
+        attend,
+        in_specs=(heads, heads, heads, P(), P()),
+        out_specs=heads,
+        axis_names={"tensor"},
+        check_vma=False,
+    )(q, k, v, *ids)
 
 
 def _in_form(form: Form, windowed: Array | None, q: Array, *args: Any) -> Array:
@@ -243,11 +313,7 @@ def _over_tensor(
     kernel: Callable[..., Array], size: int, query_heads: int, key_heads: int
 ) -> Callable[..., Array]:
     """Returns the kernel run on each device's own heads: the compiler cannot partition it."""
-    if query_heads % size or key_heads % size:
-        raise ConfigError(
-            f"mesh.tensor={size}: does not divide {query_heads} query and {key_heads} key heads, which this attention kernel needs; "
-            "give a divisor of both, or --attention xla"
-        )
+    _check_heads(size, query_heads, key_heads)
     heads = P(None, None, "tensor", None)
 
     def run(q: Array, k: Array, v: Array, *others: Array | None) -> Array:
@@ -260,6 +326,14 @@ def _over_tensor(
         )(q, k, v, *others)
 
     return run
+
+
+def _check_heads(size: int, query_heads: int, key_heads: int) -> None:
+    if query_heads % size or key_heads % size:
+        raise ConfigError(
+            f"mesh.tensor={size}: does not divide {query_heads} query and {key_heads} key heads, which this attention kernel needs; "
+            "give a divisor of both, or --attention xla"
+        )
 
 
 class _Case(NamedTuple):

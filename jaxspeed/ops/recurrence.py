@@ -21,6 +21,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from jaxspeed.ambient import current
+from jaxspeed.context import need_whole
 from jaxspeed.ops.linear import dot, dot_rows, linear
 from jaxspeed.remat import RECURRENCE_NAME
 
@@ -59,6 +60,7 @@ def recurrence(
         b_rec: biases beside the state.
         segment_ids: document of each token in the row; None: one document.
     """
+    need_whole("a recurrence")
     settings = current()
     cache, begins = settings.cache, None
     state = None if cache is None else cache.take()

@@ -90,11 +90,16 @@ def program_of(run: RunConfig, devices: int = 8, family: str = "gpt2") -> Progra
     return build_program(run, loss_fn=loss, devices=jax.devices()[:devices])
 
 
-def curve(run: RunConfig, family: str, devices: int = 8) -> dict[str, np.ndarray]:
-    """Returns loss, gradient norm and parameter checksum of each update."""
+def curve(
+    run: RunConfig,
+    family: str,
+    devices: int = 8,
+    rows: list[dict[str, np.ndarray]] | None = None,
+) -> dict[str, np.ndarray]:
+    """Returns loss, gradient norm and parameter checksum of each update, on the family's batches or these rows."""
     program = program_of(run, devices, family)
     state, history = start(program, family), []
-    for batch in batches(family):
+    for batch in rows or batches(family):
         state, metrics = program.train_step(state, program.put_batch(batch))
         history.append(jax.device_get(metrics))
     names = ("train/loss", "train/grad_norm", "train/lr", "train/skipped")

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from tests.command import (
+    ROOT,
     STEPS,
     Ended,
     Recipe,
@@ -167,3 +168,38 @@ def test_two_processes_write_what_one_does(tmp_path: Path) -> None:
     assert one[-1].keys() == two[-1].keys() >= {"eval/accuracy", "eval/loss"}
     for ours, theirs in zip(one, two, strict=True):
         assert ours == pytest.approx(theirs, rel=3e-5)
+
+
+@pytest.mark.parametrize("by", ["ring", "ulysses"])
+def test_processes_that_share_sequences_train_as_one(
+    by: str, recipe: Recipe, tmp_path: Path
+) -> None:
+    """Each of two processes has the half of every row; the checkpoint goes on without the axis."""
+    small = Recipe(ROOT / "configs" / "tiny.py", recipe.text)
+    flags = [
+        "--data.path", str(recipe.text), "--data.tokenizer", "byte", "--steps", "6",
+        "--model.num_layers", "1", "--model.num_heads", "2", "--model.d_model", "32",
+        "--model.max_seq_len", "32", "--seq_len", "32", "--global_batch_size", "4",
+        "--eval.every", "0", "--eval.sample_tokens", "0", "--log_every", "1",
+        "--checkpoint.every", "3", "--compile_cache", str(tmp_path / "xla"),
+    ]  # fmt: skip
+    one, two = tmp_path / "one", tmp_path / "two"
+    small.run(one, *flags)
+    split = ["--mesh.fsdp", "1", "--mesh.context", "2", "--context", by]
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    group = ["--coordinator", f"localhost:{port}", "--num_processes", "2"]
+    end_job(
+        [
+            small.start(two, *flags, *split, *group, "--process_id", str(i))
+            for i in range(2)
+        ]
+    )
+    np.testing.assert_allclose(losses(two), losses(one), rtol=3e-5)
+    np.testing.assert_allclose(
+        losses(two, "eval/loss"), losses(one, "eval/loss"), rtol=3e-5
+    )
+    flags[5] = "9"
+    last = small.run(two, *flags)
+    assert resumed_from(last.out) == 6
