@@ -310,7 +310,7 @@ class Program:
         begin = index * shape[dim]
         shape[dim] *= count
 
-        def part(at: tuple[slice, ...]) -> np.ndarray:
+        def part(at: Any) -> np.ndarray:
             start, stop, _ = at[dim].indices(shape[dim])
             rows = slice(start - begin, stop - begin)
             return mine[(*at[:dim], rows, *at[dim + 1 :])]

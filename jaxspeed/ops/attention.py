@@ -125,9 +125,7 @@ def _split(
     settings = current()
 
     def by_heads(q: Array, k: Array, v: Array, ids: Any, key_ids: Any) -> Array:
-        own = None
-        if bias is not None:
-            own = lambda distances: own_heads(bias(distances))
+        own = None if bias is None else lambda x, of=bias: own_heads(of(x))
         return _whole(form, windowed, q, k, v, ids, key_ids, own, scale)
 
     def by_ring(q: Array, k: Array, v: Array, ids: Any, key_ids: Any) -> Array:

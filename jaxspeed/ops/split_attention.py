@@ -202,8 +202,10 @@ def _ring_bwd(
 
     def add(d_q: Array, keys: _Keys, part: "_Part") -> tuple[Array, Array]:
         chosen = part.queries
-        of = (x[:, :, :, chosen] for x in (q, g, normaliser, delta))
-        here, d_pair = _take_back(*of, keys, part, see)
+        some = lambda x: x[:, :, :, chosen]
+        here, d_pair = _take_back(
+            some(q), some(g), some(normaliser), some(delta), keys, part, see
+        )
         return d_q.at[:, :, :, chosen].add(here), d_pair
 
     keys = _Keys(pair, key_segments, jax.lax.axis_index(AXIS))

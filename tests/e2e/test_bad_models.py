@@ -21,10 +21,15 @@ from models import bert, gpt2
 from tests.command import ROOT
 
 
-SIZES = {"num_layers": 1, "num_heads": 2, "d_model": 16, "max_seq_len": 64}
-ENCODER = SIZES | {"d_ff": 32, "vocab_size": 300}
+SIZES: dict[str, Any] = {
+    "num_layers": 1,
+    "num_heads": 2,
+    "d_model": 16,
+    "max_seq_len": 64,
+}
+ENCODER: dict[str, Any] = SIZES | {"d_ff": 32, "vocab_size": 300}
 ROW = ["--seq_len", "32", "--global_batch_size", "8", "--steps", "2"]
-EARS = SIZES | {"num_decoder_layers": 1, "d_ff": 32, "max_source_len": 64}
+EARS: dict[str, Any] = SIZES | {"num_decoder_layers": 1, "d_ff": 32, "max_source_len": 64}
 
 Refused = Callable[..., str]
 
