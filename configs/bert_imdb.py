@@ -3,7 +3,8 @@
 
 Once:      jaxspeed data imdb_reviews minilm-l6    (18,000 reviews to train on, with the network 25,000: docs/data.md)
 Command:   python train.py configs/bert_imdb.py --init ~/.cache/jaxspeed/weights/minilm-l6
-Hardware:  any; on two CPU cores see benchmarks/results/tasks.md
+Hardware:  any; 15.5 min on two cores (AMD EPYC, Zen 4), evaluation included
+Expect:    accuracy 0.884, F1 0.883 on 4,898 held-out reviews
 Next:      another BERT by --init (its sizes by --model.num_layers and so on), --task.labels, --data.path mine.jsonl
 """
 

@@ -29,7 +29,11 @@ SIZES: dict[str, Any] = {
 }
 ENCODER: dict[str, Any] = SIZES | {"d_ff": 32, "vocab_size": 300}
 ROW = ["--seq_len", "32", "--global_batch_size", "8", "--steps", "2"]
-EARS: dict[str, Any] = SIZES | {"num_decoder_layers": 1, "d_ff": 32, "max_source_len": 64}
+EARS: dict[str, Any] = SIZES | {
+    "num_decoder_layers": 1,
+    "d_ff": 32,
+    "max_source_len": 64,
+}
 
 Refused = Callable[..., str]
 
