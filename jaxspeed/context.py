@@ -8,6 +8,7 @@ device then has the same number of visible pairs to compute, whoever's keys it h
 `token_places` where its tokens stand. Layer 1.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -24,9 +25,10 @@ AXIS = "context"
 
 def parts_of(by: str, size: int) -> int:
     """Returns in how many equal parts a sequence is cut, for attention `by` this name over so many devices."""
-    return 2 * size if by == "ring" and size > 1 else 1 * size
+    return 2 * size if by == "ring" and size > 1 else size
 
 
+@functools.lru_cache(maxsize=16)
 def device_order(length: int, by: str, size: int) -> Int[np.ndarray, " T"]:
     """Returns the places of a sequence's tokens as they lie on the devices, one device's after another's.
 

@@ -22,7 +22,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from jaxspeed.ambient import ambient, current
+from jaxspeed.ambient import Ambient, ambient, current
 from jaxspeed.cache import Cache
 from jaxspeed.choice import Knobs, Rule, choose, knobs_of, rule_of
 from jaxspeed.config import BATCH_AXES, ConfigError, config_error
@@ -273,8 +273,8 @@ class _Head(NamedTuple):
 def _head(model: Any) -> _Head:
     settings = current()
     table = model.output_embedding().astype(settings.compute).T
-    few = settings.platform == "cpu" and settings.tensor == 1
-    return _Head(tiled(table, 1) if few else table, output_bias(model))
+    tiles = _reads_tiles(settings)
+    return _Head(tiled(table, 1) if tiles else table, output_bias(model))
 
 
 def _logits(hidden: Float[Array, "B D"], head: _Head) -> Float[Array, "B V"]:
@@ -520,10 +520,14 @@ def _tile_inputs(spec: StepSpec, place: Placement) -> int:
     It is where it is a layer's matrix that a CPU has whole, and has no adapter.
     """
     whole = place.zero_dim is None or "compute" not in place.sharded
-    cpu = spec.settings.platform == "cpu" and spec.settings.tensor == 1
-    if not (cpu and whole and place.stacked) or spec.lora.rank:
+    if not (_reads_tiles(spec.settings) and whole and place.stacked) or spec.lora.rank:
         return 0
     return matrix_inputs(place.dims)
+
+
+def _reads_tiles(settings: Ambient) -> bool:
+    """Whether products of a few rows are faster with matrices in tiles."""
+    return settings.platform == "cpu" and settings.tensor == 1
 
 
 def _as_weights(spec: StepSpec, copies: PyTree) -> PyTree:

@@ -164,10 +164,9 @@ class Program:
     def _put_whole(self, rows: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
         """Puts this process's rows of an evaluation batch on its devices, sequences whole."""
         self.check_rows(rows)
-        sharding = NamedSharding(self.mesh, P(BATCH_AXES))
-        if jax.process_count() == 1:
-            return jax.device_put(dict(rows), sharding)
-        return {n: self._put(np.asarray(x), sharding, 0) for n, x in rows.items()}
+        arrays = {n: np.asarray(x) for n, x in rows.items()}
+        whole = dict.fromkeys(arrays, NamedSharding(self.mesh, P(BATCH_AXES)))
+        return self._put_all(arrays, whole, 0)
 
     @functools.cached_property
     def _predictors(self) -> dict[PredictFn, Callable[..., tuple[Sums, PyTree]]]:
@@ -299,9 +298,18 @@ class Program:
             arrays = {n: np.asarray(x) for n, x in rows.items()}
             arrays = self._in_device_order(arrays, 1)
         shardings = self._batch_shardings(arrays, training=training)
+        return self._put_all(arrays, shardings, int(training))
+
+    def _put_all(
+        self,
+        arrays: Mapping[str, np.ndarray],
+        shardings: Mapping[str, NamedSharding],
+        dim: int,
+    ) -> dict[str, jax.Array]:
+        """Puts this process's rows, counted by `dim`, of all arrays on its devices."""
         if jax.process_count() == 1:  # half the host time of the general call
-            return jax.device_put(arrays, shardings)
-        return {n: self._put(x, shardings[n], 0 + training) for n, x in arrays.items()}
+            return jax.device_put(dict(arrays), dict(shardings))
+        return {n: self._put(x, shardings[n], dim) for n, x in arrays.items()}
 
     def _put(self, mine: np.ndarray, sharding: NamedSharding, dim: int) -> jax.Array:
         """Puts this process's rows of an array on its devices; each of these may have a part of the sequences only."""

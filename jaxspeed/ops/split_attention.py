@@ -177,13 +177,16 @@ def _ring_fwd(
     first = _Softmax(like, low, jnp.zeros_like(low))
     see = _seen_by(ring, segments, windowed, q.shape[3])
 
-    def add(state: _Softmax, keys: _Keys, part: "_Part") -> _Softmax:
+    def add(
+        state: _Softmax, nothing: tuple[()], keys: _Keys, part: "_Part"
+    ) -> tuple[_Softmax, tuple[()]]:
         own = jax.tree.map(lambda x: x[:, :, :, part.queries], state)
         new = _add_up(own, q[:, :, :, part.queries], keys, part, see)
-        return jax.tree.map(lambda x, y: x.at[:, :, :, part.queries].set(y), state, new)
+        put = lambda x, y: x.at[:, :, :, part.queries].set(y)
+        return jax.tree.map(put, state, new), nothing
 
     keys = _Keys(pair, key_segments, jax.lax.axis_index(AXIS))
-    state = _around(ring, keys, first, add, q.shape[3])
+    state, _ = _around(ring, keys, first, (), add, q.shape[3])
     out = state.total / state.norm[..., None]
     normaliser = state.top + jnp.log(state.norm)
     out = checkpoint_name(out.astype(ring.compute), "attended")
@@ -200,17 +203,20 @@ def _ring_bwd(
     g = g.astype(ring.compute)
     see = _seen_by(ring, segments, windowed, q.shape[3])
 
-    def add(d_q: Array, keys: _Keys, part: "_Part") -> tuple[Array, Array]:
+    def add(
+        d_q: Array, d_pair: Array, keys: _Keys, part: "_Part"
+    ) -> tuple[Array, Array]:
         chosen = part.queries
         some = lambda x: x[:, :, :, chosen]
-        here, d_pair = _take_back(
+        here, there = _take_back(
             some(q), some(g), some(normaliser), some(delta), keys, part, see
         )
+        d_pair = d_pair.at[:, :, part.keys].add(there)
         return d_q.at[:, :, :, chosen].add(here), d_pair
 
     keys = _Keys(pair, key_segments, jax.lax.axis_index(AXIS))
-    d_q = jnp.zeros(q.shape, jnp.float32)
-    d_q, d_pair = _around_with_gradients(ring, keys, d_q, add, q.shape[3])
+    zeros = lambda like: jnp.zeros(like.shape, jnp.float32)
+    d_q, d_pair = _around(ring, keys, zeros(q), zeros(pair), add, q.shape[3])
     return d_q.astype(q.dtype), d_pair.astype(pair.dtype), None, None, None
 
 
@@ -258,60 +264,42 @@ def _around(
     ring: Ring,
     keys: _Keys,
     state: Any,
-    add: Callable[[Any, _Keys, _Part], Any],
+    luggage: Any,
+    add: Callable[[Any, Any, _Keys, _Part], tuple[Any, Any]],
     tokens: int,
-) -> Any:
-    """Returns the state after the keys of all devices, each sent on while it is used; size - 1 sends."""
+) -> tuple[Any, Any]:
+    """Returns the state after the keys of all devices, and what this device's keys took along.
+
+    Keys are sent on while they are used, size - 1 times; their luggage once more, home.
+
+    Args:
+        ring: what is static.
+        keys: this device's.
+        state: what stays here.
+        luggage: what goes around with the keys; may be empty.
+        add: `(state, luggage, keys, part) -> (state, luggage)`.
+        tokens: queries here.
+    """
     own = _Part(slice(0, tokens), slice(0, keys.pair.shape[2]), ring.causal)
-    coming = _next(ring, keys)
-    state = add(state, keys, own)
 
-    def meet(state: Any, keys: _Keys) -> Any:
-        return _with_part(ring, keys, tokens, lambda part: add(state, keys, part))
-
-    def one(carry: tuple[Any, _Keys], _: None) -> tuple[tuple[Any, _Keys], None]:
-        state, keys = carry
-        coming = _next(ring, keys)
-        return (meet(state, keys), coming), None
-
-    if ring.size > 2:
-        (state, coming), _ = jax.lax.scan(one, (state, coming), None, ring.size - 2)
-    return meet(state, coming)
-
-
-def _around_with_gradients(
-    ring: Ring,
-    keys: _Keys,
-    d_q: Array,
-    add: Callable[[Array, _Keys, _Part], tuple[Array, Array]],
-    tokens: int,
-) -> tuple[Array, Array]:
-    """Returns d_q, and d_pair of this device's keys: it goes around with them, and once more, home."""
-    length = keys.pair.shape[2]
-    own = _Part(slice(0, tokens), slice(0, length), ring.causal)
-    zeros = jnp.zeros(keys.pair.shape, jnp.float32)
-
-    def meet(d_q: Array, d_pair: Array, keys: _Keys) -> tuple[Array, Array]:
-        def run(part: _Part) -> tuple[Array, Array]:
-            new, here = add(d_q, keys, part)
-            return new, d_pair.at[:, :, part.keys].add(here)
-
+    def meet(state: Any, luggage: Any, keys: _Keys) -> tuple[Any, Any]:
+        run = lambda part: add(state, luggage, keys, part)
         return _with_part(ring, keys, tokens, run)
 
     def one(carry: tuple[Any, ...], _: None) -> tuple[tuple[Any, ...], None]:
-        d_q, d_pair, keys = carry
+        state, luggage, keys = carry
         coming = _next(ring, keys)
-        d_q, d_pair = meet(d_q, d_pair, keys)
-        return (d_q, _next(ring, d_pair), coming), None
+        state, luggage = meet(state, luggage, keys)
+        return (state, _next(ring, luggage), coming), None
 
     coming = _next(ring, keys)
-    d_q, here = add(d_q, keys, own)
-    d_pair = _next(ring, zeros + here)
+    state, luggage = add(state, luggage, keys, own)
+    luggage = _next(ring, luggage)
     if ring.size > 2:
-        carry = (d_q, d_pair, coming)
-        (d_q, d_pair, coming), _ = jax.lax.scan(one, carry, None, ring.size - 2)
-    d_q, d_pair = meet(d_q, d_pair, coming)
-    return d_q, _next(ring, d_pair)
+        carry = (state, luggage, coming)
+        (state, luggage, coming), _ = jax.lax.scan(one, carry, None, ring.size - 2)
+    state, luggage = meet(state, luggage, coming)
+    return state, _next(ring, luggage)
 
 
 # Blocks of scores
@@ -372,6 +360,19 @@ def _rows(x: Array | None, chosen: slice) -> Array | None:
     return None if x is None else x[chosen]
 
 
+def _in_blocks(
+    sight: _Sight, keys: _Keys, part: _Part
+) -> tuple[Callable[[Array], Array], _Marks, tuple[Array, _Marks]]:
+    """Returns what cuts arrays of the queries into blocks, the queries' marks, and keys with theirs, in blocks."""
+    pair = keys.pair[:, :, part.keys]
+    by_query = _blocks(part.queries.stop - part.queries.start, CHUNK_QUERIES)
+    by_key = _blocks(pair.shape[2], CHUNK_KEYS)
+    here, there = _marks(sight, keys, part)
+    here = jax.tree.map(lambda x: _cut(x, 0, by_query), here)
+    there = jax.tree.map(lambda x: _cut(x, 0, by_key), there)
+    return lambda x: _cut(x, 3, by_query), here, (_cut(pair, 2, by_key), there)
+
+
 def _masked(
     scores: Float[Array, "B K G t s"],
     queries: _Marks,
@@ -400,13 +401,8 @@ def _add_up(
     state: _Softmax, q: Array, keys: _Keys, part: _Part, sight: _Sight
 ) -> _Softmax:
     """Returns the softmax with a block of pairs added, some queries by some keys at a time."""
-    pair = keys.pair[:, :, part.keys]
     H = q.shape[-1]
-    by_query = _blocks(q.shape[3], CHUNK_QUERIES)
-    by_key = _blocks(pair.shape[2], CHUNK_KEYS)
-    query_marks, key_marks = _marks(sight, keys, part)
-    their_marks = jax.tree.map(lambda x: _cut(x, 0, by_key), key_marks)
-    pairs = _cut(pair, 2, by_key)
+    cut, here, there = _in_blocks(sight, keys, part)
 
     def some_queries(block: tuple[_Softmax, Array, _Marks]) -> _Softmax:
         state, q, here = block
@@ -414,9 +410,9 @@ def _add_up(
         def some_keys(
             state: _Softmax, block: tuple[Array, _Marks]
         ) -> tuple[_Softmax, None]:
-            pair, there = block
+            pair, marks = block
             scores = _product("bkgth,bksh->bkgts", q, pair[..., :H])
-            scores = _masked(scores, here, there, sight, part)
+            scores = _masked(scores, here, marks, sight, part)
             top = jnp.maximum(state.top, jnp.max(scores, -1))
             shrink = jnp.exp(state.top - top)
             weights = jnp.exp(scores - top[..., None])
@@ -426,10 +422,8 @@ def _add_up(
             )
             return _Softmax(state.total * shrink[..., None] + part_sum, top, norm), None
 
-        return jax.lax.scan(some_keys, state, (pairs, their_marks))[0]
+        return jax.lax.scan(some_keys, state, there)[0]
 
-    cut = lambda x: _cut(x, 3, by_query)
-    here = jax.tree.map(lambda x: _cut(x, 0, by_query), query_marks)
     new = jax.lax.map(some_queries, (jax.tree.map(cut, state), cut(q), here))
     return jax.tree.map(lambda x: _joined(x, 3), new)
 
@@ -444,21 +438,16 @@ def _take_back(
     sight: _Sight,
 ) -> tuple[Array, Array]:
     """Returns what a block of pairs gives to d_q and d_pair (arXiv 2205.14135 algorithm 4)."""
-    pair = keys.pair[:, :, part.keys]
     H = q.shape[-1]
-    by_query = _blocks(q.shape[3], CHUNK_QUERIES)
-    by_key = _blocks(pair.shape[2], CHUNK_KEYS)
-    query_marks, key_marks = _marks(sight, keys, part)
-    their_marks = jax.tree.map(lambda x: _cut(x, 0, by_key), key_marks)
-    pairs = _cut(pair, 2, by_key)
+    cut, here, there = _in_blocks(sight, keys, part)
 
     def some_queries(d_pairs: Array, block: tuple[Any, ...]) -> tuple[Array, Array]:
         q, g, normaliser, delta, here = block
 
         def some_keys(d_q: Array, block: tuple[Array, _Marks]) -> tuple[Array, Array]:
-            pair, there = block
+            pair, marks = block
             scores = _product("bkgth,bksh->bkgts", q, pair[..., :H])
-            scores = _masked(scores, here, there, sight, part)
+            scores = _masked(scores, here, marks, sight, part)
             probs = jnp.exp(scores - normaliser[..., None])
             d_probs = _product("bkgth,bksh->bkgts", g, pair[..., H:])
             d_scores = (probs * (d_probs - delta[..., None])).astype(q.dtype)
@@ -468,13 +457,11 @@ def _take_back(
             return d_q, jnp.concatenate([d_k, d_v], -1)
 
         zeros = jnp.zeros(q.shape, jnp.float32)
-        d_q, here_pairs = jax.lax.scan(some_keys, zeros, (pairs, their_marks))
+        d_q, here_pairs = jax.lax.scan(some_keys, zeros, there)
         return d_pairs + here_pairs, d_q
 
-    cut = lambda x: _cut(x, 3, by_query)
-    here = jax.tree.map(lambda x: _cut(x, 0, by_query), query_marks)
     blocks = (cut(q), cut(g), cut(normaliser), cut(delta), here)
-    zeros = jnp.zeros(pairs.shape, jnp.float32)
+    zeros = jnp.zeros(there[0].shape, jnp.float32)
     d_pairs, d_q = jax.lax.scan(some_queries, zeros, blocks)
     return _joined(d_q, 3), _joined(d_pairs, 2)
 

@@ -43,16 +43,16 @@ def alone(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def start_job(
-    recipe: Recipe, workdir: Path, count: int, *flags: str
+    recipe: Recipe, workdir: Path, count: int, *flags: str, devices: int = 4
 ) -> "list[subprocess.Popen[str]]":
-    """Starts `count` processes with four devices in all."""
+    """Starts `count` processes with four devices, or so many, in all."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
     group = ("--coordinator", f"localhost:{port}", "--num_processes", str(count))
-    devices = ("--virtual_devices", str(4 // count))
+    each = ("--virtual_devices", str(devices // count))
     return [
-        recipe.start(workdir, *flags, *group, *devices, "--process_id", str(index))
+        recipe.start(workdir, *flags, *group, *each, "--process_id", str(index))
         for index in range(count)
     ]
 
@@ -186,16 +186,7 @@ def test_processes_that_share_sequences_train_as_one(
     one, two = tmp_path / "one", tmp_path / "two"
     small.run(one, *flags)
     split = ["--mesh.fsdp", "1", "--mesh.context", "2", "--context", by]
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    group = ["--coordinator", f"localhost:{port}", "--num_processes", "2"]
-    end_job(
-        [
-            small.start(two, *flags, *split, *group, "--process_id", str(i))
-            for i in range(2)
-        ]
-    )
+    end_job(start_job(small, two, 2, *flags, *split, devices=2))
     np.testing.assert_allclose(losses(two), losses(one), rtol=3e-5)
     np.testing.assert_allclose(
         losses(two, "eval/loss"), losses(one, "eval/loss"), rtol=3e-5
