@@ -2,9 +2,10 @@
 """Where each array lives: the ZeRO stages as a table, and how a forward pass gets its parameters.
 
 A parameter's logical dims and shape give a `Placement`: at most one dim over `tensor`, at most one
-over the axes that shard the model state (`config.SHARD_AXES`). The stage says which *kinds* of array use the latter (`SHARDED`). A parameter enters
-the forward pass as a `Weight`, which knows how to become whole where it is needed and where its
-gradient goes. No other module knows what a stage is. ADR 0001.
+over the axes that shard the model state (`config.SHARD_AXES`). The stage says which *kinds* of
+array use the latter (`SHARDED`). A parameter enters the forward pass as a `Weight`, which knows how
+to become whole where it is needed and where its gradient goes. No other module knows what a stage
+is. ADR 0001.
 """
 
 import dataclasses
