@@ -389,6 +389,8 @@ class DataConfig:
     """Held-out text or records; empty holds out `eval_fraction` of those of `path` (or takes the set's validation split; of records, else its test split)."""
     eval_fraction: float = 0.05
     """Share of documents held out when there is no eval_path and no validation split."""
+    eval_on: Literal["held_out", "train"] = "held_out"
+    """What evaluations read: what is held out, or what is trained on, to see how much was learnt by heart."""
     text_field: str = "text"
     """The column or key that holds the text."""
     clean: tuple[CleaningStep, ...] = ()
@@ -429,12 +431,21 @@ class DataConfig:
                 "a share lies between 0 and 1",
                 "give for instance 0.05",
             )
+        if self.eval_on == "train" and self.eval_path:
+            why = f"data.eval_path={self.eval_path} is not evaluated on then"
+            change = "leave one of them out"
+            raise config_error("data.eval_on", self.eval_on, why, change)
         for pair in (("nfc", "nfkc"), ("duplicates", "near_duplicates")):
             if set(pair) <= set(self.clean):
                 why = f"{pair[1]!r} does what {pair[0]!r} does, and more"
                 change = f"leave out {pair[0]!r}"
                 raise config_error("data.clean", self.clean, why, change)
         positive("data.prefetch", self.prefetch)
+
+    @property
+    def evaluated(self) -> str:
+        """What evaluations read, in words."""
+        return "held-out" if self.eval_on == "held_out" else "training"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,10 @@ from jaxspeed.data.sources import Reader, canonical, files_of, open_path, text_r
 
 @dataclass(frozen=True)
 class Corpus(Generic[T]):
-    """Items to train on, a source for each entry of `data.path`, and those held out."""
+    """Items to train on, a source for each entry of `data.path`, and those held out to evaluate on.
+
+    With `data.eval_on="train"` the latter are the former.
+    """
 
     train: tuple[Source[T], ...]
     held_out: tuple[Source[T], ...]
@@ -34,7 +37,10 @@ class Corpus(Generic[T]):
         """Returns one line for the run's log."""
         names = ", ".join(source.name for source in self.train)
         train, held_out = (self._amount(part) for part in (self.train, self.held_out))
-        return f"{names}: {train} to train on, {held_out} held out"
+        rest = f"{held_out} held out"
+        if self.held_out is self.train:
+            rest = "and evaluated on (data.eval_on=train)"
+        return f"{names}: {train} to train on, {rest}"
 
     def _amount(self, sources: tuple[Source[T], ...]) -> str:
         count = sum(len(source) for source in sources)
@@ -160,6 +166,8 @@ def _cleaned(cfg: DataConfig, corpus: Corpus[T], clean: Callable[[T], T]) -> Cor
         if not len(source):
             why = f"each {corpus.noun} of {source.name} is held out, or another's repetition"
             raise config_error("data.clean", cfg.clean, why, "leave out that path")
+    if cfg.eval_on == "train":
+        return Corpus(train, train, corpus.noun)
     return Corpus(train, tuple(filter(len, held_out)), corpus.noun)
 
 

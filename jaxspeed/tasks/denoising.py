@@ -145,7 +145,7 @@ class Denoising:
             right += jax.tree.leaves(jax.tree.map(np.sum, hits))
         loss = nats / max(targets, 1.0)
         metrics = {"eval/loss": loss, "eval/perplexity": perplexity(loss)}
-        said = f"held-out loss {loss:.4f} nats a hidden token, perplexity {perplexity(loss):.2f}"
+        said = f"{self.run.data.evaluated} loss {loss:.4f} nats a hidden token, perplexity {perplexity(loss):.2f}"
         if right:
             metrics["eval/accuracy"] = float(sum(right)) / max(targets, 1.0)
             said += f", accuracy {metrics['eval/accuracy']:.4f}"

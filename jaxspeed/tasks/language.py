@@ -97,8 +97,8 @@ class LanguageModel:
                 "eval/perplexity": perplexity(loss),
                 "eval/bits_per_byte": bits,
             },
-            f"held-out loss {loss:.4f} nats/token, perplexity {perplexity(loss):.2f}, {bits:.3f} bits/byte",
-            f"held-out loss {loss:.4f} nats/token ({bits * np.log(2):.4f} nats/byte)",
+            f"{self.run.data.evaluated} loss {loss:.4f} nats/token, perplexity {perplexity(loss):.2f}, {bits:.3f} bits/byte",
+            f"{self.run.data.evaluated} loss {loss:.4f} nats/token ({bits * np.log(2):.4f} nats/byte)",
             self._sample(program, params, step) if self.run.eval.sample_tokens else "",
         )
 

@@ -116,7 +116,7 @@ class PromptAndAnswer:
         loss = nats / max(targets, 1.0)
         scores = {"loss": loss, "perplexity": perplexity(loss)}
         scores |= written_scores(names, written, true)
-        said = f"{len(records):,} held-out records: " + ", ".join(
+        said = f"{len(records):,} {self.run.data.evaluated} records: " + ", ".join(
             f"{name} {value:.4g}" for name, value in scores.items()
         )
         shown = [

@@ -289,7 +289,7 @@ class RecordTask:
                 x for _, x in sorted(one.outputs, key=lambda pair: pair[0])
             ]
         scores = {"loss": total / max(count, 1.0)} | self.kind.score(answered)
-        summary = f"{len(answered):,} held-out records: " + ", ".join(
+        summary = f"{len(answered):,} {self.run.data.evaluated} records: " + ", ".join(
             f"{name} {value:.4g}" for name, value in scores.items()
         )
         shown = "\n\n".join(self.kind.show(one) for one in answered[:SAMPLES])

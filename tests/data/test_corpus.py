@@ -91,6 +91,25 @@ def test_bundled_text_as_eval_path_is_its_validation_split(
     assert len(corpus.held_out[0]) == 16
 
 
+def test_what_is_trained_on_can_be_evaluated_on(
+    tmp_path: Path, make_config: MakeConfig, texts: Texts
+) -> None:
+    path = write(tmp_path / "a.jsonl", 40)
+    corpus = open_corpus(make_config(path, eval_on="train"))
+    assert texts(corpus.held_out[0]) == texts(corpus.train[0])
+    assert len(corpus.held_out[0]) == 38
+    assert corpus.describe().endswith(
+        "to train on, and evaluated on (data.eval_on=train)"
+    )
+
+
+def test_either_other_text_or_that_of_training_is_evaluated_on(
+    make_config: MakeConfig,
+) -> None:
+    with pytest.raises(ConfigError, match=r"data\.eval_on='train': data\.eval_path="):
+        make_config("a.jsonl", eval_on="train", eval_path=("b.jsonl",))
+
+
 @pytest.mark.parametrize("train", ["", "a.jsonl"])
 def test_training_text_may_not_be_evaluated_on(
     tmp_path: Path, make_config: MakeConfig, train: str
