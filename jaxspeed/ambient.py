@@ -11,12 +11,17 @@ import contextvars
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxspeed.cache import Cache
+from jaxspeed.config_moe import MoeConfig
+
+
+if TYPE_CHECKING:
+    from jaxspeed.auxiliary import Auxiliary
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,12 @@ class Ambient:
     """Devices that share a sequence, on the mesh axis of that name."""
     context_by: str = "ulysses"
     """How attention reads such a sequence: ulysses or ring."""
+    expert: int = 1
+    """Devices that share the experts, on the mesh axis of that name."""
+    moe: MoeConfig = MoeConfig()
+    """What routers drop and draw."""
+    auxiliary: "Auxiliary | None" = None
+    """Where routers add to the loss; None: they do not."""
     dropout_key: jax.Array | None = None
     """None: no dropout."""
     cache: Cache | None = None

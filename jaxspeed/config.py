@@ -23,6 +23,7 @@ from jaxspeed.checks import (
     reject_unread,
     suggest as suggest,
 )
+from jaxspeed.config_moe import MoeConfig as MoeConfig
 from jaxspeed.config_task import (
     TASK_COLUMNS as TASK_COLUMNS,
     TASK_FIELDS as TASK_FIELDS,
@@ -35,16 +36,16 @@ from jaxspeed.config_task import (
 
 M = TypeVar("M")
 
-MESH_AXES = ("data", "fsdp", "context", "tensor")
+MESH_AXES = ("data", "fsdp", "expert", "context", "tensor")
 """Mesh axes, outermost (slowest link) first."""
 
-BATCH_AXES = ("data", "fsdp")
+BATCH_AXES = ("data", "fsdp", "expert")
 """The axes over which the rows of a batch are split."""
 
-SHARD_AXES = ("fsdp", "context")
-"""The axes over which ZeRO shards the model state; `data` replicates it."""
+SHARD_AXES = ("fsdp", "expert", "context")
+"""The axes over which ZeRO shards the model state; `data` replicates it. Parameters of experts, which `expert` splits anyway, over the others."""
 
-TOKEN_AXES = ("data", "fsdp", "context")
+TOKEN_AXES = ("data", "fsdp", "expert", "context")
 """The axes over which tokens are split: rows over BATCH_AXES, each row over `context`. Sums over tokens are sums over these."""
 
 
@@ -56,6 +57,8 @@ class MeshConfig:
     """Replicas of the (possibly sharded) model state; the batch is split over them. With fsdp > 1 this is hybrid sharding (MiCS)."""
     fsdp: int = -1
     """ZeRO shards of the model state; the batch is split over them too. -1 takes the devices that are left."""
+    expert: int = 1
+    """Shares of the experts of a mixture (expert parallelism): tokens travel to them. For all else it is as fsdp. DeepSpeed: ep_size."""
     context: int = 1
     """Parts of each sequence (sequence parallelism), for what is too long for one device. The model state is sharded over it too. DeepSpeed: sequence_parallel_size."""
     tensor: int = 1
@@ -554,6 +557,8 @@ class RunConfig(Generic[M]):
     """Low-rank adapters in place of the model's own parameters."""
     dtype: DTypeConfig = field(default_factory=DTypeConfig)
     """Precision."""
+    moe: MoeConfig = field(default_factory=MoeConfig)
+    """Experts: what is dropped, drawn and added to the loss."""
     loss_scale: LossScaleConfig = field(default_factory=LossScaleConfig)
     """Loss scaling for float16."""
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -648,12 +653,42 @@ class RunConfig(Generic[M]):
                 f"give 0 to {self.num_processes - 1}",
             )
         self._validate_task()
+        self._validate_experts(sizes["expert"])
         return resolve_batch(
             self.global_batch_size,
             self.micro_batch_size,
             self.accumulate,
             math.prod(sizes[axis] for axis in BATCH_AXES),
         )
+
+    def _validate_experts(self, devices: int) -> None:
+        experts = getattr(self.model, "num_experts", 0)
+        if not experts:
+            if self.moe != MoeConfig():
+                name, value, _ = diff(self.moe)[0]
+                raise ConfigError(
+                    f"moe.{name}={value!r} has no effect: the model has no experts; remove it"
+                )
+            if devices > 1:
+                raise config_error(
+                    "mesh.expert",
+                    devices,
+                    "the model has no experts to split",
+                    "give 1; mesh.fsdp is for these devices",
+                )
+        elif experts % devices:
+            legal = [str(n) for n in range(1, experts + 1) if experts % n == 0]
+            raise config_error(
+                "mesh.expert",
+                devices,
+                f"it does not divide the model's {experts} experts",
+                f"give one of {', '.join(legal)}",
+            )
+        each = getattr(self.model, "experts_per_token", 2)
+        if self.moe.sample_second and each != 2:
+            raise ConfigError(
+                f"moe.sample_second=True has no effect with model.experts_per_token={each}; remove it"
+            )
 
     def _validate_task(self) -> None:
         name = self.task.name

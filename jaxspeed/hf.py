@@ -44,7 +44,7 @@ class Row(NamedTuple):
     """How one of their tensors is made of our parameters."""
 
     theirs: str
-    """Its name, with {layer} where the layer's number stands."""
+    """Its name, with {layer} and {expert} where their numbers stand: our leading dims."""
     ours: str | tuple[str, ...]
     """The parameter's path, dotted; several are parts of one tensor, first index `P` in `form`."""
     form: str = ""
@@ -363,8 +363,9 @@ class Part(NamedTuple):
 
     path: str
     names: tuple[str, ...]
-    """Of the tensors over there: one a layer for a stacked parameter."""
-    stacked: bool
+    """Of the tensors over there: one for each layer and expert, in order."""
+    lead: tuple[int, ...]
+    """Our leading dims, each index of which has a tensor of its own over there."""
     slot: int | None
     """Which part of the tensor; None: the whole."""
     groups: tuple[tuple[int, ...], ...]
@@ -403,8 +404,8 @@ def parts_of(rows: Sequence[Row], shapes: Mapping[str, Any]) -> dict[str, Part]:
 
 
 def _part(row: Row, number: int, path: str, shape: tuple[int, ...]) -> Part:
-    stacked = "{layer}" in row.theirs
-    one = shape[1:] if stacked else shape
+    counted = [n for n in ("layer", "expert") if f"{{{n}}}" in row.theirs]
+    lead, one = shape[: len(counted)], shape[len(counted) :]
     several = len(row.paths) > 1
     letters = [chr(ord("a") + i) for i in range(len(one))]
     theirs, _, ours = (
@@ -417,10 +418,11 @@ def _part(row: Row, number: int, path: str, shape: tuple[int, ...]) -> Part:
     assert sorted(apart) == sorted(names), row
     return Part(
         path,
-        tuple(row.theirs.format(layer=i) for i in range(shape[0]))
-        if stacked
-        else (row.theirs,),
-        stacked,
+        tuple(
+            row.theirs.format(**dict(zip(counted, numbers, strict=True)))
+            for numbers in np.ndindex(lead)
+        ),
+        lead,
         number if several else None,
         tuple(tuple(sizes[name] for name in group) for group in groups),
         tuple(apart.index(name) for name in names),
@@ -434,14 +436,17 @@ def read_shard(
     index: tuple[slice, ...],
 ) -> np.ndarray:
     """Returns the shard of a parameter that an index of the whole names, out of its tensors."""
-    if not part.stacked:
+    count = len(part.lead)
+    if not count:
         whole = part.ours(tensors[part.names[0]].view())
         return np.ascontiguousarray(whole[index], leaf.dtype)
-    layers, rest = range(*index[0].indices(leaf.shape[0])), index[1:]
+    held = [range(*i.indices(n)) for i, n in zip(index, part.lead, strict=False)]
     assert leaf.sharding is not None
     shard = np.empty(leaf.sharding.shard_shape(leaf.shape), leaf.dtype)
-    for slot, layer in enumerate(layers):
-        shard[slot] = part.ours(tensors[part.names[layer]].view())[rest]
+    for slot in np.ndindex(*map(len, held)):
+        numbers = [part_held[i] for part_held, i in zip(held, slot, strict=True)]
+        name = part.names[np.ravel_multi_index(numbers, part.lead)]
+        shard[slot] = part.ours(tensors[name].view())[index[count:]]
     return shard
 
 
@@ -449,17 +454,14 @@ def tensors_of(
     parts: Mapping[str, Part], arrays: Mapping[str, Any]
 ) -> Iterator[tuple[str, TensorInfo]]:
     """Yields the tensors over there, in the order of the table, layer by layer."""
-    of: dict[str, list[tuple[Part, int]]] = {}
+    of: dict[str, list[tuple[Part, tuple[int, ...]]]] = {}
     for part in parts.values():
-        for layer, name in enumerate(part.names):
-            of.setdefault(name, []).append((part, layer))
+        for name, numbers in zip(part.names, np.ndindex(part.lead), strict=True):
+            of.setdefault(name, []).append((part, numbers))
 
-    def make(members: list[tuple[Part, int]]) -> Callable[[], np.ndarray]:
+    def make(members: list[tuple[Part, tuple[int, ...]]]) -> Callable[[], np.ndarray]:
         def view() -> np.ndarray:
-            ours = [
-                np.asarray(arrays[p.path][layer] if p.stacked else arrays[p.path])
-                for p, layer in members
-            ]
+            ours = [np.asarray(arrays[p.path][numbers]) for p, numbers in members]
             return members[0][0].theirs(ours)
 
         return view

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxspeed.auxiliary import with_auxiliary
 from jaxspeed.config import ConfigError
 from jaxspeed.context import need_whole
 from jaxspeed.ops.cross_entropy import fused_cross_entropy
@@ -58,7 +59,9 @@ def next_token_loss(model: CausalLM, batch: Batch) -> Sums:
         )
         mask = inner if mask is None else mask & inner
     hidden = model.hidden(inputs, batch.get("positions"), batch.get("segment_ids"))
-    return fused_cross_entropy(hidden, model.output_embedding(), targets, mask)
+    sums = fused_cross_entropy(hidden, model.output_embedding(), targets, mask)
+    everything = jnp.ones(targets.shape, bool) if mask is None else mask
+    return with_auxiliary(sums, _targets_of_rows(everything))
 
 
 def masked_lm_loss(model: MaskedLM, batch: Batch) -> Sums:
@@ -122,7 +125,8 @@ def classification_loss(model: Labeller, batch: Batch) -> Sums:
         batch: `inputs`, `labels`; optionally `positions`, `segment_ids`, `token_types`.
     """
     labels = batch["labels"]
-    return label_sums(label_logits(model, batch), labels, labels >= 0)
+    sums = label_sums(label_logits(model, batch), labels, labels >= 0)
+    return with_auxiliary(sums, _targets_of_rows(labels >= 0))
 
 
 def tagging_loss(model: Labeller, batch: Batch) -> Sums:
@@ -132,7 +136,8 @@ def tagging_loss(model: Labeller, batch: Batch) -> Sums:
         model: an encoder whose head gives (B, S, C).
         batch: `inputs`, `labels`, `mask`; optionally `positions`, `segment_ids`, `token_types`.
     """
-    return label_sums(label_logits(model, batch), batch["labels"], batch["mask"])
+    sums = label_sums(label_logits(model, batch), batch["labels"], batch["mask"])
+    return with_auxiliary(sums, _targets_of_rows(batch["mask"]))
 
 
 def span_loss(model: Labeller, batch: Batch) -> Sums:
@@ -145,6 +150,10 @@ def span_loss(model: Labeller, batch: Batch) -> Sums:
         batch: `inputs`, `segment_ids`, `starts`, `ends`; optionally `positions`, `token_types`.
     """
     return span_sums(span_logits(model, batch), batch)
+
+
+def _targets_of_rows(mask: Bool[Array, "B ..."]) -> Float[Array, " B"]:
+    return jnp.sum(mask, tuple(range(1, mask.ndim)), dtype=jnp.float32)
 
 
 def label_logits(model: Labeller, batch: Batch) -> Float[Array, "B ..."]:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxspeed.ambient import ambient, current
+from jaxspeed.auxiliary import Auxiliary
 from jaxspeed.cache import Cache
 from jaxspeed.config import ConfigError
 from jaxspeed.remat import checkpoint_layer
@@ -70,27 +71,34 @@ class Layers(nnx.Module):
         graphdef, state = nnx.split(self.block)
         weights = nnx.to_pure_dict(state)
         key, cache = current().dropout_key, current().cache
+        auxiliary = current().auxiliary
 
-        def body(x: jax.Array, layer: tuple[PyTree, ...], *args: Any) -> jax.Array:
+        def body(
+            x: jax.Array, layer: tuple[PyTree, ...], *args: Any
+        ) -> tuple[jax.Array, Any]:
             weights, each, index = layer
             whole = jax.tree.map(materialise, weights, is_leaf=is_weight)
             layer_key = None if key is None else jax.random.fold_in(key, index)
-            with ambient(dropout_key=layer_key):
-                return nnx.merge(graphdef, whole)(x, *args, *each)
+            inner = None if auxiliary is None else Auxiliary()
+            with ambient(dropout_key=layer_key, auxiliary=inner):
+                x = nnx.merge(graphdef, whole)(x, *args, *each)
+            return x, None if inner is None else inner.arrays()
 
         if cache is not None:
             return self._while_writing(
                 cache,
                 x,
                 (weights, each),
-                lambda x, layer: body(x, (*layer, jnp.zeros((), jnp.int32)), *args),
+                lambda x, layer: body(x, (*layer, jnp.zeros((), jnp.int32)), *args)[0],
             )
         body = checkpoint_layer(body, current().remat)
-        x, _ = jax.lax.scan(
-            lambda x, layer: (body(x, layer, *args), None),
+        x, added = jax.lax.scan(
+            lambda x, layer: body(x, layer, *args),
             x,
             (weights, each, jnp.arange(self.num_layers)),
         )
+        if auxiliary is not None:
+            auxiliary.add_layers(added)
         return x
 
     def _while_writing(

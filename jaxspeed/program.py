@@ -397,11 +397,12 @@ def build_program(
             compute=compute, activations=_dtype(run.dtype.activations, compute, platform), attention=run.attention,
             platform="gpu" if platform in ("cuda", "rocm") else platform, remat=run.remat, tensor=sizes["tensor"],
             context=sizes["context"], context_by=run.context,
+            expert=sizes["expert"], moe=run.moe,
         ),
         loss_fn=loss_fn or objective_of(run).loss,
         reduce_dtype=_dtype(run.dtype.reduce, compute, platform),
         seed_scale=2.0 ** -round(math.log2(batch.global_size * (seq_len or run.seq_len))),
-        dropout=custom or getattr(run.model, "dropout", 1.0) > 0.0 or run.lora.dropout > 0.0,
+        dropout=custom or getattr(run.model, "dropout", 1.0) > 0.0 or run.lora.dropout > 0.0 or run.moe.draws,
         lora=run.lora,
     )  # fmt: skip
     schedule = make_schedule(run.schedule, run.optim.lr, run.steps)

@@ -32,6 +32,9 @@ ATTENTION_NAMES = frozenset({"q", "k", "v", "attended", NORMALISER_NAME})
 """Checkpoint names that attention gives its operands and its result."""
 
 
+EXPERT_NAMES = frozenset({"dispatched", "grouped", "returned"})
+"""Checkpoint names of what has travelled to experts, their products, and what has come back: computing it again is to send it again."""
+
 EXPANSION = 16
 """A product with this many times more columns than terms in a sum is done again in the backward pass."""
 
@@ -43,7 +46,7 @@ def checkpoint_layer(layer: Callable[..., Any], policy: str) -> Callable[..., An
         layer: the body of a scan over layers.
         policy: none (do no product again; elementwise work is done again, which is cheaper than
             keeping it), full (keep the layer's inputs only), dots (keep the results of matrix
-            products, attention's own apart), attention (keep what attention reads and gives).
+            products, attention's own apart, and what experts were sent), attention (keep what attention reads and gives).
     """
     policies = jax.checkpoint_policies
     table = {
@@ -57,11 +60,13 @@ def checkpoint_layer(layer: Callable[..., Any], policy: str) -> Callable[..., An
 
 def _keep_products(primitive: Any, *operands: Any, **params: Any) -> bool:
     if primitive.name == "name":
-        return params["name"] in ATTENTION_NAMES | {RECURRENCE_NAME}
+        return params["name"] in ATTENTION_NAMES | EXPERT_NAMES | {RECURRENCE_NAME}
     return primitive.name in PRODUCTS and not _expands(primitive, operands, params)
 
 
 def _keep_flat_products(primitive: Any, *operands: Any, **params: Any) -> bool:
+    if primitive.name == "name":
+        return params["name"] in EXPERT_NAMES
     keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
     return bool(keep(primitive, *operands, **params)) and not _expands(
         primitive, operands, params

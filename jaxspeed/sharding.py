@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where each array lives: the ZeRO stages as a table, and how a forward pass gets its parameters.
 
-A parameter's logical dims and shape give a `Placement`: at most one dim over `tensor`, at most one
-over the axes that shard the model state (`config.SHARD_AXES`). The stage says which *kinds* of
-array use the latter (`SHARDED`). A parameter enters the forward pass as a `Weight`, which knows how
+A parameter's logical dims and shape give a `Placement`: at most one dim over `tensor`, one over
+`expert` for the parameters of experts, and at most one over the axes that shard the model state
+(`config.SHARD_AXES`). The stage says which *kinds* of array use the latter (`SHARDED`). A parameter enters the forward pass as a `Weight`, which knows how
 to become whole where it is needed and where its gradient goes. No other module knows what a stage
 is. ADR 0001.
 """
@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from jaxspeed.ambient import current
-from jaxspeed.config import SHARD_AXES, ConfigError, ZeroConfig
+from jaxspeed.config import SHARD_AXES, TOKEN_AXES, ConfigError, ZeroConfig
 from jaxspeed.paths import dotted, paths_of, subtree
 from jaxspeed.types import PyTree
 
@@ -43,7 +43,7 @@ TENSOR_DIMS = frozenset({"heads", "kv_heads", "mlp", "vocab"})
 """Logical dims that the `tensor` axis splits."""
 
 
-NOT_MULTIPLIED = frozenset({"vocab", "seq", "expert", "gates"})
+NOT_MULTIPLIED = frozenset({"vocab", "seq", "expert", "router", "gates"})
 """Logical dims of parameters that are read in other ways than by a plain product."""
 
 
@@ -56,9 +56,11 @@ class Placement:
     tensor_dim: int | None
     """Negative index of the dim over `tensor`."""
     zero_dim: int | None
-    """Negative index of the dim over `SHARD_AXES`, for the kinds in `sharded`."""
+    """Negative index of the dim over `shard_axes`, for the kinds in `sharded`."""
     sharded: frozenset[str]
     """Kinds of array that use `zero_dim`."""
+    expert_dim: int | None = None
+    """Negative index of the dim over `expert`, for all kinds: each device keeps its experts to itself."""
     trained: bool = True
     """Whether it has a gradient and an update; a frozen one is the master alone."""
 
@@ -66,6 +68,21 @@ class Placement:
     def stacked(self) -> bool:
         """Whether the leading dim counts layers."""
         return bool(self.dims) and self.dims[0] == "layers"
+
+    @property
+    def shard_axes(self) -> tuple[str, ...]:
+        """The axes that ZeRO shards it over."""
+        return self._other_than_experts(SHARD_AXES)
+
+    @property
+    def token_axes(self) -> tuple[str, ...]:
+        """The axes whose devices have a part each of its gradient."""
+        return self._other_than_experts(TOKEN_AXES)
+
+    def _other_than_experts(self, axes: tuple[str, ...]) -> tuple[str, ...]:
+        if self.expert_dim is None:
+            return axes
+        return tuple(axis for axis in axes if axis != "expert")
 
     def spec(self, kind: str, *, manual_only: bool = False) -> P:
         """Returns the partition of an array of this kind (master, gradient or compute).
@@ -78,7 +95,9 @@ class Placement:
         if self.tensor_dim is not None and not manual_only:
             axes[self.tensor_dim] = "tensor"
         if self.zero_dim is not None and kind in self.sharded:
-            axes[self.zero_dim] = SHARD_AXES
+            axes[self.zero_dim] = self.shard_axes
+        if self.expert_dim is not None:
+            axes[self.expert_dim] = "expert"
         return P(*axes)
 
     def tensor_spec(self, ndim: int) -> P:
@@ -97,8 +116,8 @@ def place(
 ) -> Placement:
     """Returns where a parameter lives.
 
-    The dim over `SHARD_AXES` is the largest one that divides, other than `layers` (which a scan
-    slices) and the `tensor` dim. A parameter without such a dim is replicated, at every stage.
+    The dim that ZeRO shards is the largest one that divides, other than `layers` (which a scan
+    slices) and those over `tensor` and `expert`. A parameter without such a dim is replicated, at every stage.
 
     Args:
         shape: of the whole parameter.
@@ -121,14 +140,18 @@ def place(
         if sizes["tensor"] > 1
         else None
     )
-    shards = shards_of(sizes)
-    whole = [i for i in free if i != tensor and shape[i] % shards == 0]
+    expert = dims.index("expert") if "expert" in dims and sizes["expert"] > 1 else None
+    negative = lambda i: None if i is None else i - len(shape)
+    kept = Placement(
+        shape, dims, negative(tensor), None, SHARDED[zero.stage], negative(expert)
+    )
+    shards = shards_of(sizes, kept.shard_axes)
+    whole = [i for i in free if i not in (tensor, expert) and shape[i] % shards == 0]
     best = max(whole, key=lambda i: shape[i], default=None) if shards > 1 else None
-    sharded = SHARDED[zero.stage]
+    sharded = kept.sharded
     if math.prod(shape[i] for i in free) < zero.param_persistence_threshold:
         sharded -= {"compute"}
-    negative = lambda i: None if i is None else i - len(shape)
-    return Placement(shape, dims, negative(tensor), negative(best), sharded)
+    return dataclasses.replace(kept, zero_dim=negative(best), sharded=sharded)
 
 
 def matrix_inputs(dims: tuple[str | None, ...]) -> int:
@@ -141,9 +164,9 @@ def matrix_inputs(dims: tuple[str | None, ...]) -> int:
     return len(inner) - 1 if inner[-1] == "embed" else 0
 
 
-def shards_of(sizes: Mapping[str, int]) -> int:
-    """Returns into how many shards ZeRO cuts an array on a mesh of these sizes."""
-    return math.prod(sizes[axis] for axis in SHARD_AXES)
+def shards_of(sizes: Mapping[str, int], axes: tuple[str, ...] = SHARD_AXES) -> int:
+    """Returns into how many shards ZeRO cuts an array over these axes of a mesh of these sizes."""
+    return math.prod(sizes[axis] for axis in axes)
 
 
 def place_all(
@@ -211,6 +234,7 @@ class Weight:
             scatter=self.placement.zero_dim
             if "gradient" in self.placement.sharded
             else None,
+            axes=self.placement.shard_axes,
             spec=self.placement.tensor_spec(self.copy.ndim),
             compute=current().compute,
             reduce_dtype=self.reduce_dtype,
@@ -288,6 +312,7 @@ def shard(x: Array, *dims: str | None) -> Array:
 class _Plan:
     gather: int | None
     scatter: int | None
+    axes: tuple[str, ...]
     spec: P
     compute: Any
     reduce_dtype: Any
@@ -304,7 +329,8 @@ def _materialise(plan: _Plan, copy: Array, slot: Array) -> Array:
 def _whole(plan: _Plan, copy: Array) -> Array:
     tensor = plan.spec if plan.constrain else None
     if plan.gather is not None:
-        copy = all_gather(copy, plan.gather % plan.ndim, plan.compute, tensor)
+        dim = plan.gather % plan.ndim
+        copy = all_gather(copy, dim, plan.axes, plan.compute, tensor)
     elif tensor is not None:
         copy = jax.lax.with_sharding_constraint(copy, tensor)
     return copy.astype(jnp.float32)
@@ -322,6 +348,7 @@ def _materialise_bwd(plan: _Plan, _: None, gradient: Array) -> tuple[None, Array
         gradient = reduce_scatter(
             gradient,
             plan.scatter % plan.ndim,
+            plan.axes,
             plan.reduce_dtype,
             plan.spec if plan.constrain else None,
         )
@@ -331,25 +358,28 @@ def _materialise_bwd(plan: _Plan, _: None, gradient: Array) -> tuple[None, Array
 _materialise.defvjp(_materialise_fwd, _materialise_bwd)
 
 
-def all_gather(shard: Array, dim: int, dtype: Any, tensor: P | None) -> Array:
-    """Returns the whole of an array that is sharded along `dim` over `SHARD_AXES`, sent as `dtype`.
+def all_gather(
+    shard: Array, dim: int, axes: tuple[str, ...], dtype: Any, tensor: P | None
+) -> Array:
+    """Returns the whole of an array that is sharded along `dim` over these axes, sent as `dtype`.
 
     Args:
         shard: this device's part.
         dim: which dim is sharded.
+        axes: of the mesh.
         dtype: of the result.
         tensor: its partition over `tensor`; None where that axis has size 1.
     """
-    gather = functools.partial(
-        jax.lax.all_gather, axis_name=SHARD_AXES, axis=dim, tiled=True
-    )
+    gather = functools.partial(jax.lax.all_gather, axis_name=axes, axis=dim, tiled=True)
     return _with_tensor_manual(gather, tensor)(shard.astype(dtype))
 
 
-def reduce_scatter(gradient: Array, dim: int, dtype: Any, tensor: P | None) -> Array:
-    """Returns this device's float32 shard, along `dim`, of the sum over `SHARD_AXES`, sent as `dtype`; see `all_gather`."""
+def reduce_scatter(
+    gradient: Array, dim: int, axes: tuple[str, ...], dtype: Any, tensor: P | None
+) -> Array:
+    """Returns this device's float32 shard, along `dim`, of the sum over these axes, sent as `dtype`; see `all_gather`."""
     scatter = functools.partial(
-        jax.lax.psum_scatter, axis_name=SHARD_AXES, scatter_dimension=dim, tiled=True
+        jax.lax.psum_scatter, axis_name=axes, scatter_dimension=dim, tiled=True
     )
     return _with_tensor_manual(scatter, tensor)(gradient.astype(dtype)).astype(
         jnp.float32

@@ -19,6 +19,7 @@ import optax
 from jax.sharding import Mesh, PartitionSpec as P
 
 from jaxspeed.ambient import Ambient, ambient
+from jaxspeed.auxiliary import Auxiliary
 from jaxspeed.config import (
     BATCH_AXES,
     TOKEN_AXES,
@@ -70,9 +71,14 @@ class StepSpec:
     """Scale and dropout of the adapters, if there are any."""
 
     @functools.cached_property
+    def at_rest(self) -> Ambient:
+        """The settings of everything but training."""
+        return dataclasses.replace(self.settings, moe=self.settings.moe.at_rest)
+
+    @functools.cached_property
     def whole_rows(self) -> Ambient:
         """The settings where each device of `context` has whole sequences, the same ones: all but training and its loss."""
-        return dataclasses.replace(self.settings, context=1)
+        return dataclasses.replace(self.at_rest, context=1)
 
     @functools.cached_property
     def trained(self) -> PyTree:
@@ -83,11 +89,14 @@ class StepSpec:
 PredictFn = Callable[[Any, Batch], tuple[Sums, PyTree]]
 """`(model, batch) -> (sums, outputs)`: the loss, and what the model says of each row."""
 
-GradFn = Callable[[Params, Batch, jax.Array, jax.Array], tuple[PyTree, Sums]]
+Measured = tuple[Sums, Mapping[str, Sums]]
+"""The loss, and what else was measured on the way, by name."""
+
+GradFn = Callable[[Params, Batch, jax.Array, jax.Array], tuple[PyTree, Measured]]
 
 
 def make_grad_fn(spec: StepSpec) -> GradFn:
-    """Returns `(params, batch, loss_scale, key) -> (gradients, sums)`, in the global view.
+    """Returns `(params, batch, loss_scale, key) -> (gradients, (sums, measured))`, in the global view.
 
     Batch leaves are (A, B, T): micro-steps, then sequences over the batch axes. Gradients are of
     the summed loss times loss_scale * seed_scale, and lie where the master parameters lie; a
@@ -96,32 +105,37 @@ def make_grad_fn(spec: StepSpec) -> GradFn:
 
     def local(
         params: Params, batch: Batch, loss_scale: jax.Array, key: jax.Array
-    ) -> tuple[PyTree, Sums]:
+    ) -> tuple[PyTree, Measured]:
         whole = compute_weights(spec, params)
         device_key = jax.random.fold_in(key, jax.lax.axis_index(TOKEN_AXES))
 
         def micro_step(
             total: PyTree, xs: tuple[Batch, jax.Array]
-        ) -> tuple[PyTree, Sums]:
+        ) -> tuple[PyTree, Measured]:
             micro_batch, index = xs
             dropout_key = (
                 jax.random.fold_in(device_key, index) if spec.dropout else None
             )
 
-            def scaled_loss(slots: PyTree) -> tuple[jax.Array, Sums]:
+            def scaled_loss(slots: PyTree) -> tuple[jax.Array, Measured]:
+                auxiliary = Auxiliary()
                 trained = jax.tree.map(
                     lambda w, slot: dataclasses.replace(w, slot=slot),
                     part_of(whole, spec.placements),
                     slots,
                     is_leaf=is_weight,
                 )
-                with ambient(spec.settings, dropout_key=dropout_key):
+                with ambient(
+                    spec.settings, dropout_key=dropout_key, auxiliary=auxiliary
+                ):
                     model = model_of(spec, with_part(whole, trained))
                     sums = _as_sums(spec.loss_fn(model, micro_batch))
-                return sums.total * (loss_scale * spec.seed_scale), sums
+                _check_taken(auxiliary)
+                scaled = sums.total * (loss_scale * spec.seed_scale)
+                return scaled, (sums, auxiliary.measured)
 
-            gradients, sums = jax.grad(scaled_loss, has_aux=True)(slots)
-            return jax.tree.map(jnp.add, total, gradients), sums
+            gradients, measured = jax.grad(scaled_loss, has_aux=True)(slots)
+            return jax.tree.map(jnp.add, total, gradients), measured
 
         slots = jax.tree.map(
             lambda p, place: _slot(p, place, spec.mesh),
@@ -129,17 +143,17 @@ def make_grad_fn(spec: StepSpec) -> GradFn:
             spec.trained,
         )
         steps = jnp.arange(jax.tree.leaves(batch)[0].shape[0])
-        gradients, sums = jax.lax.scan(micro_step, slots, (dict(batch), steps))
+        gradients, measured = jax.lax.scan(micro_step, slots, (dict(batch), steps))
         gradients = jax.tree.map(
             lambda g, place: _final_reduction(g, place, spec), gradients, spec.trained
         )
-        return gradients, jax.tree.map(lambda x: jax.lax.psum(x, TOKEN_AXES), sums)
+        return gradients, jax.tree.map(lambda x: jax.lax.psum(x, TOKEN_AXES), measured)
 
     specs = _master_specs(spec.trained)
 
     def grad_fn(
         params: Params, batch: Batch, loss_scale: jax.Array, key: jax.Array
-    ) -> tuple[PyTree, Sums]:
+    ) -> tuple[PyTree, Measured]:
         others = (batch_specs(batch, (None,)), P(), P())
         run = on_zero_axes(spec, local, others, (specs, P()))
         return run(params, batch, loss_scale, key)
@@ -174,7 +188,7 @@ def make_eval_fn(spec: StepSpec) -> Callable[[Params, Batch], Sums]:
     """Returns `(params, batch) -> sums` without gradients or dropout; batch leaves are (B, T)."""
 
     def local(params: Params, batch: Batch) -> Sums:
-        with ambient(spec.settings):
+        with ambient(spec.at_rest):
             model = model_of(spec, compute_weights(spec, params))
             sums = _as_sums(spec.loss_fn(model, batch))
         return jax.tree.map(lambda x: jax.lax.psum(x, TOKEN_AXES), sums)
@@ -255,7 +269,7 @@ def make_train_step(
         params, opt = state["params"], state["opt"]
         scale = state["loss_scale"].scale if loss_scale else jnp.ones((), jnp.float32)
         key = jax.random.fold_in(state["key"], state["step"])
-        gradients, sums = grad_fn(params, batch, scale, key)
+        gradients, (sums, measured) = grad_fn(params, batch, scale, key)
 
         total, count = jnp.sum(sums.total), jnp.maximum(jnp.sum(sums.count), 1.0)
         divisor = scale * spec.seed_scale * count
@@ -283,7 +297,7 @@ def make_train_step(
             "train/lr": schedule(update_count(opt)),
             "train/skipped": new_state["skipped"],
             "train/tokens": jnp.sum(sums.count),
-        }
+        } | {f"train/{name}": _mean(each) for name, each in measured.items()}
         if loss_scale:
             new_state["loss_scale"] = update_loss_scale(
                 loss_scale, state["loss_scale"], finite
@@ -328,6 +342,7 @@ def _compute_copy(master: jax.Array, place: Placement, spec: StepSpec) -> jax.Ar
     return all_gather(
         master,
         place.zero_dim % master.ndim,
+        place.shard_axes,
         spec.settings.compute,
         _tensor(place, spec),
     )
@@ -341,7 +356,7 @@ def _slot(master: jax.Array, place: Placement, mesh: Mesh) -> jax.Array:
         and "master" in place.sharded
         and "gradient" not in place.sharded
     ):
-        shape[place.zero_dim] *= shards_of(mesh.shape)
+        shape[place.zero_dim] *= shards_of(mesh.shape, place.shard_axes)
     zeros = jnp.zeros(shape, jnp.float32)
     return (
         jax.lax.with_sharding_constraint(zeros, place.tensor_spec(len(shape)))
@@ -356,10 +371,11 @@ def _final_reduction(
     """Sums an accumulated gradient over what it has not been summed over yet, and leaves the master's shard."""
     tensor = _tensor(place, spec)
     if place.zero_dim is None or "master" not in place.sharded:
-        return all_reduce(gradient, TOKEN_AXES, spec.reduce_dtype, tensor)
+        return all_reduce(gradient, place.token_axes, spec.reduce_dtype, tensor)
     if "gradient" not in place.sharded:
+        dim = place.zero_dim % gradient.ndim
         gradient = reduce_scatter(
-            gradient, place.zero_dim % gradient.ndim, spec.reduce_dtype, tensor
+            gradient, dim, place.shard_axes, spec.reduce_dtype, tensor
         )
     if spec.mesh.shape["data"] > 1:
         gradient = all_reduce(gradient, "data", spec.reduce_dtype, tensor)
@@ -371,6 +387,19 @@ def _tensor(place: Placement, spec: StepSpec) -> P | None:
     return (
         place.tensor_spec(len(place.shape)) if spec.mesh.shape["tensor"] > 1 else None
     )
+
+
+def _mean(sums: Sums) -> jax.Array:
+    """Returns the mean over all micro-steps."""
+    return jnp.sum(sums.total) / jnp.maximum(jnp.sum(sums.count), 1.0)
+
+
+def _check_taken(auxiliary: Auxiliary) -> None:
+    if auxiliary.rows is not None and not auxiliary.taken:
+        raise ConfigError(
+            "loss_fn leaves out what the model's routers add to the loss: end it with jaxspeed.auxiliary.with_auxiliary(sums, targets), "
+            "targets being how many each row has; or set moe.balance_coef and moe.z_coef to 0"
+        )
 
 
 def _as_sums(returned: Any) -> Sums:

@@ -9,7 +9,7 @@ a norm on each head's queries and keys), SmolLM, and SmolLM3 (no positions in ev
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -168,7 +168,7 @@ class Config:
     def num_params(self) -> int:
         """Returns the number of parameters."""
         D, N, K, H = self.d_model, self.num_heads, self.num_kv_heads, self.head_dim
-        block = self._matrices() + 2 * D
+        block = self.block_weights() + 2 * D
         block += (N + 2 * K) * H * self.qkv_bias + D * self.out_bias
         block += 2 * H * self.qk_norm
         head = num_head_params(self.head, D, self.num_labels)
@@ -186,7 +186,7 @@ class Config:
 
     def flops_per_token(self, seq_len: int) -> float:
         """Returns model FLOPs of forward and backward for one token, attention counted causally."""
-        matmul = self.num_layers * self._matrices()
+        matmul = self.num_layers * self.active_weights()
         matmul += self.vocab_size * self.d_model * (self.head == "lm")
         heads = self.num_heads * self.head_dim
         window = min(self.sliding_window or seq_len, seq_len)
@@ -195,10 +195,14 @@ class Config:
         lengths = full * seq_len + (self.num_layers - full) * windowed
         return 6.0 * matmul + 6.0 * lengths * heads
 
-    def _matrices(self) -> int:
+    def active_weights(self) -> int:
         """Returns the number of weights that a token is multiplied by in one block."""
         heads = 2 * (self.num_heads + self.num_kv_heads) * self.head_dim
         return self.d_model * (heads + 3 * self.d_ff)
+
+    def block_weights(self) -> int:
+        """Returns the number of weights in the matrices of one block."""
+        return self.active_weights()
 
 
 LLAMA2_7B = Config()
@@ -305,8 +309,11 @@ class MLP(nnx.Module):
         self.w_up = param(NORMAL, rngs, (D, F), ("embed", "mlp"))
         self.w_down = param(NORMAL, rngs, (F, D), ("mlp", "embed"))
 
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """Returns w_down(silu(w_gate(x)) * w_up(x))."""
+    def __call__(
+        self, x: Float[Array, "B T D"], segment_ids: Int[Array, "B T"] | None = None
+    ) -> Float[Array, "B T D"]:
+        """Returns w_down(silu(w_gate(x)) * w_up(x)), of padding too."""
+        del segment_ids
         gate, up = ops.linear(x, self.w_gate[...]), ops.linear(x, self.w_up[...])
         return ops.linear(
             shard(ops.silu_gate(gate, up), "batch", "seq", "mlp"), self.w_down[...]
@@ -316,12 +323,17 @@ class MLP(nnx.Module):
 class Block(nnx.Module):
     """Attention and MLP, each behind a norm and around a residual."""
 
-    def __init__(self, cfg: Config, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self,
+        cfg: Config,
+        rngs: nnx.Rngs,
+        make_mlp: Callable[[Any, nnx.Rngs], nnx.Module] = MLP,
+    ) -> None:
         self.dropout = cfg.dropout
         self.attn_norm = RMSNorm(cfg.d_model, rngs, eps=cfg.norm_eps)
         self.attn = Attention(cfg, rngs)
         self.mlp_norm = RMSNorm(cfg.d_model, rngs, eps=cfg.norm_eps)
-        self.mlp = MLP(cfg, rngs)
+        self.mlp: Any = make_mlp(cfg, rngs)
 
     def __call__(
         self,
@@ -337,19 +349,26 @@ class Block(nnx.Module):
         x = shard(x, "batch", "seq", "embed")
         attended = self.attn(self.attn_norm(x), positions, segment_ids, windowed)
         x = x + ops.dropout(attended, self.dropout, site=0)
-        return x + ops.dropout(self.mlp(self.mlp_norm(x)), self.dropout, site=1)
+        mixed = self.mlp(self.mlp_norm(x), segment_ids)
+        return x + ops.dropout(mixed, self.dropout, site=1)
 
 
 class Llama(nnx.Module):
     """The decoder. `hidden` and `output_embedding` make it a `jaxspeed.types.CausalLM`."""
 
-    def __init__(self, cfg: Config, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self,
+        cfg: Config,
+        rngs: nnx.Rngs,
+        make_mlp: Callable[[Any, nnx.Rngs], nnx.Module] = MLP,
+    ) -> None:
         self.unties, self.labelled = cfg.unties, cfg.head != "lm"
         self.each = cfg.each_layer()
         self.embed = param(
             NORMAL, rngs, (cfg.vocab_size, cfg.d_model), ("vocab", "embed")
         )
-        self.layers = Layers(lambda rngs: Block(cfg, rngs), cfg.num_layers, rngs)
+        make_block = lambda rngs: Block(cfg, rngs, make_mlp)
+        self.layers = Layers(make_block, cfg.num_layers, rngs)
         self.final_norm = RMSNorm(cfg.d_model, rngs, eps=cfg.norm_eps)
         if cfg.unties:
             self.lm_head = param(

@@ -5,6 +5,7 @@ from jaxspeed.context import need_whole as need_whole
 from jaxspeed.ops.attention import attention as attention
 from jaxspeed.ops.cross_entropy import fused_cross_entropy as fused_cross_entropy
 from jaxspeed.ops.embedding import embed as embed
+from jaxspeed.ops.experts import experts as experts
 from jaxspeed.ops.linear import Matrix as Matrix, linear as linear
 from jaxspeed.ops.norm import layer_norm as layer_norm, rms_norm as rms_norm
 from jaxspeed.ops.places import (
@@ -19,3 +20,4 @@ from jaxspeed.ops.pointwise import (
 from jaxspeed.ops.recurrence import recurrence as recurrence
 from jaxspeed.ops.remember import remember as remember
 from jaxspeed.ops.rope import RopeScaling as RopeScaling, rotate as rotate
+from jaxspeed.ops.route import Routing as Routing, route as route

@@ -36,6 +36,7 @@ LOGICAL_DIMS = {
     "expert",
     "layers",
     "gates",
+    "router",
     "state",
     "patch",
     "labels",
@@ -466,6 +467,8 @@ def dot_flops(jaxpr: Any, *, attention: bool) -> float:
 @pytest.mark.parametrize("kernel", ["auto", "xla"])
 def test_flops_per_token_counts_the_products_of_a_step(name: str, kernel: str) -> None:
     member = ZOO[name]
+    if hasattr(member.cfg, "num_experts"):
+        pytest.skip("who has how many tokens is not known before: see test_mixtral.py")
     step = jax.grad(mean_loss(name, attention=kernel))
     jaxpr = jax.make_jaxpr(step)(parameters(name), batch(name)).jaxpr
     # Of the scores the formula counts the causal half.
@@ -484,6 +487,8 @@ def test_flops_per_token_is_about_six_per_parameter_and_grows_with_the_sequence(
     cfg, published = NAMED[size]
     if hasattr(cfg, "feature_shape"):
         pytest.skip("its source has a length of its own")
+    if hasattr(cfg, "num_experts"):  # a token does not see all of them
+        published += cfg.num_layers * (cfg.active_weights() - cfg.block_weights())
     assert 0.75 * 6 * published < cfg.flops_per_token(1) < 1.05 * 6 * published
     assert cfg.flops_per_token(2048) > cfg.flops_per_token(1024) > 0
 

@@ -367,6 +367,8 @@ BERT = {name: x for name, x in SIZES.items() if name != "num_key_value_heads"}
 DISTILBERT = {
     "vocab_size": V, "dim": 32, "hidden_dim": 56, "n_layers": 3, "n_heads": 4, "max_position_embeddings": 64,
 }  # fmt: skip
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24}
+
 PEERS = {
     "bert": Peer("bert", BERT, "mlm"),
     "bert, none": Peer("bert", BERT | {"layer_norm_eps": 1e-3}, "none"),
@@ -395,6 +397,12 @@ PEERS = {
     "llama 3": Peer(
         "llama",
         SIZES | {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+    ),
+    "mixtral": Peer("mixtral", SIZES | {"num_local_experts": 8, "sliding_window": 5}),
+    "qwen2 moe": Peer("qwen2_moe", SIZES | EXPERTS | {"shared_expert_intermediate_size": 40}),
+    "qwen3 moe": Peer("qwen3_moe", SIZES | EXPERTS | {"head_dim": 16, "norm_topk_prob": True}),
+    "qwen3 moe, classify": Peer(
+        "qwen3_moe", SIZES | EXPERTS | {"num_labels": 3, "pad_token_id": 0}, "decoder, classify"
     ),
     "mistral": Peer("mistral", SIZES | {"sliding_window": None, "head_dim": 16}),
     "qwen2": Peer("qwen2", SIZES),

@@ -22,7 +22,19 @@ from jaxspeed.losses import (
     tagging_loss,
 )
 from jaxspeed.types import LossFn
-from models import bart, bert, gpt2, image_text, llama, opt, rnn, t5, vit, whisper
+from models import (
+    bart,
+    bert,
+    gpt2,
+    image_text,
+    llama,
+    mixtral,
+    opt,
+    rnn,
+    t5,
+    vit,
+    whisper,
+)
 
 
 T, V, D, L = 16, 64, 32, 2
@@ -227,6 +239,38 @@ ZOO: dict[str, Member] = {
         text,
         variant=True,
     ),
+    "mixtral": Member(
+        mixtral.Config(
+            vocab_size=V, max_seq_len=T, num_layers=L, num_heads=4, num_kv_heads=2,
+            head_dim=8, d_model=D, d_ff=32, num_experts=8,
+        ),
+        "decoder",
+        next_token_loss,
+        text,
+    ),
+    "mixtral, shared": Member(
+        mixtral.Config(
+            vocab_size=V, max_seq_len=T, num_layers=L, num_heads=4, num_kv_heads=2,
+            head_dim=8, d_model=D, d_ff=16, num_experts=8, experts_per_token=3,
+            normalise_weights=False, d_shared=48, qk_norm=True,
+        ),
+        "decoder",
+        next_token_loss,
+        text,
+        variant=True,
+    ),
+    "mixtral, residual": Member(
+        mixtral.Config(
+            vocab_size=V, max_seq_len=T, num_layers=L, num_heads=4, num_kv_heads=4,
+            head_dim=8, d_model=D, d_ff=32, num_experts=4, experts_per_token=1,
+            normalise_weights=False, residual=True,
+        ),
+        "decoder",
+        next_token_loss,
+        text,
+        stds={"mix_bias": 0.0},
+        variant=True,
+    ),
     "opt": Member(
         opt.Config(
             vocab_size=V, max_seq_len=T, num_layers=L, num_heads=4, d_model=D, d_ff=64
@@ -387,6 +431,9 @@ NAMED: dict[str, tuple[Any, int]] = {
     "Whisper base": (whisper.BASE, 72_593_920),
     "Whisper large v3": (whisper.LARGE_V3, 1_543_490_560),
     "Llama 3.1 8B": (llama.LLAMA31_8B, 8_030_261_248),
+    "Mixtral 8x7B": (mixtral.MIXTRAL_8X7B, 46_702_792_704),
+    "Qwen1.5 MoE A2.7B": (mixtral.QWEN15_MOE_A2_7B, 14_315_784_192),
+    "Qwen3 30B A3B": (mixtral.QWEN3_30B_A3B, 30_532_122_624),
     "Mistral 7B": (llama.MISTRAL_7B, 7_241_732_096),
 }
 """Published sizes: Config and number of parameters."""

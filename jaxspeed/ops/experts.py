@@ -1,0 +1,388 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What experts make of the tokens that a router sends them, wherever the experts live.
+
+Tokens are laid out by expert (`Layout`), go to the devices that have the experts and come back
+(two all-to-all a pass, over the mesh axis `expert`), and are added up with their weights. With
+`moe.capacity_factor` each expert has the same number of places for each row, as in GShard
+(arXiv 2006.16668) and DeepSpeed, and who finds none is dropped. Without, none is: groups are as
+long as they are (MegaBlocks, 2211.15841), and a device sends each other one just its rows.
+Nothing is scattered: the derivative of each move is the move back.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from jaxspeed.ambient import current
+from jaxspeed.ops.grouped import grouped_linear, tiles_of
+from jaxspeed.ops.pointwise import silu_gate
+from jaxspeed.ops.route import Routing, random_order
+
+
+AXIS = "expert"
+
+Mlp = Callable[[Float[Array, "R D"], Int[Array, " G"] | None, int], Array]
+"""`(rows, sizes of their groups, tile) -> rows`: see `grouped_linear`."""
+
+
+def experts(
+    x: Float[Array, "B T D"],
+    routing: Routing,
+    w_gate: Float[Array, "e D F"],
+    w_up: Float[Array, "e D F"],
+    w_down: Float[Array, "e F D"],
+) -> Float[Array, "B T D"]:
+    """Returns the weighted sum of what each token's experts make of it, SwiGLU each.
+
+    Args:
+        x: what the layer reads.
+        routing: where its tokens go.
+        w_gate: of this device's experts (e = E over the devices of the mesh axis `expert`).
+        w_up: the same.
+        w_down: the same.
+    """
+    tensor = current().tensor
+    split = tensor > 1 and w_gate.shape[2] % tensor == 0
+
+    def local(
+        x: Array, chosen: Array, weights: Array, *matrices: Array
+    ) -> tuple[Array, Array]:
+        routed = routing._replace(experts=chosen, weights=weights)
+        y, kept = _experts(x, routed, *matrices)
+        return jax.lax.psum(y, "tensor") if split else y, kept
+
+    if tensor > 1:  # each device of that axis has a part of every expert's width
+        axis = "tensor" if split else None
+        up, down = P(None, None, axis), P(None, axis, None)
+        local = jax.shard_map(
+            local, in_specs=(P(), P(), P(), up, up, down), out_specs=(P(), P()),
+            axis_names={"tensor"}, check_vma=False,
+        )  # fmt: skip
+    y, kept = local(x, routing.experts, routing.weights, w_gate, w_up, w_down)
+    if (auxiliary := current().auxiliary) is not None:
+        wanted = jnp.sum(routing.experts < routing.num_experts)
+        auxiliary.measure("router_dropped", wanted - kept, wanted)
+    return y
+
+
+def _experts(
+    x: Array, routing: Routing, w_gate: Array, w_up: Array, w_down: Array
+) -> tuple[Array, Array]:
+    """Returns the result, and how many choices were not dropped."""
+
+    def mlp(rows: Array, sizes: Array | None, tile: int) -> Array:
+        product = functools.partial(grouped_linear, sizes=sizes, tile=tile)
+        return product(silu_gate(product(rows, w_gate), product(rows, w_up)), w_down)
+
+    B, T, D = x.shape
+    factor = current().moe.capacity_factor
+    flat = x.reshape(B * T, D)
+    kept = jnp.sum(routing.experts < routing.num_experts)
+    if factor:
+        y, kept = _with_places(flat, routing, mlp, factor)
+    elif current().expert == 1:
+        y = _all_here(flat, routing, mlp)
+    else:
+        y = _all_elsewhere(flat, routing, mlp)
+    return y.reshape(B, T, D), kept
+
+
+class Layout(NamedTuple):
+    """Places for the choices of tokens: n tokens with k choices each, in R places."""
+
+    place: Int[Array, "n k"]
+    """Of each choice; -1: none."""
+    choice: Int[Array, " R"]
+    """Whose place it is: token * k + number of the choice; -1: nobody's."""
+
+
+def _all_here(x: Array, routing: Routing, mlp: Mlp) -> Array:
+    """Returns the result of experts that are all on this device and drop nothing."""
+    each = routing.experts.shape[-1]
+    layout, sizes, tile = _by_group(
+        routing.experts.reshape(-1, each), routing.num_experts
+    )
+    return _collect(
+        mlp(_spread(x, layout), sizes, tile), _flat_weights(routing), layout
+    )
+
+
+def _with_places(
+    x: Array, routing: Routing, mlp: Mlp, factor: float
+) -> tuple[Array, Array]:
+    """Returns the result of experts that have so many places for each row, and how many choices found one."""
+    B, T, each = routing.experts.shape
+    count, devices = routing.num_experts, current().expert
+    least = max(current().moe.min_capacity, math.ceil(factor * each * T / count))
+    places = min(least, T)
+    rank = _ranks(_by_priority(routing.experts), count)
+    rank = rank.reshape(B, each, T).swapaxes(1, 2)
+    kept = (rank < places) & (routing.experts < count)
+    row = jnp.arange(B)[:, None, None]
+    place = jnp.where(kept, (routing.experts * B + row) * places + rank, -1)
+    layout = _layout(place.reshape(B * T, each), count * B * places)
+    weights = jnp.where(kept, routing.weights, 0.0)
+    if routing.normalised:  # over those that are kept, as DeepSpeed does
+        total = jnp.sum(weights, -1, keepdims=True)
+        weights = weights / jnp.maximum(total, jnp.finfo(jnp.float32).eps)
+    rows = _spread(x, layout)
+    if devices > 1:
+        there = functools.partial(
+            jax.lax.all_to_all, axis_name=AXIS, tiled=True, split_axis=0, concat_axis=1
+        )
+        back = functools.partial(
+            jax.lax.all_to_all, axis_name=AXIS, tiled=True, split_axis=1, concat_axis=0
+        )
+        apart = rows.reshape(count, B * places, -1)
+        moved = checkpoint_name(there(apart), "dispatched")
+        done = mlp(moved.reshape(-1, rows.shape[-1]), None, 1)
+        rows = back(done.reshape(moved.shape)).reshape(rows.shape)
+        rows = checkpoint_name(rows, "returned")
+    else:
+        rows = mlp(rows, None, 1)
+    return _collect(rows, weights.reshape(B * T, each), layout), jnp.sum(kept)
+
+
+def _all_elsewhere(x: Array, routing: Routing, mlp: Mlp) -> Array:
+    """Returns the result of experts on all devices of the axis, which drop nothing."""
+    n, each = x.shape[0], routing.experts.shape[-1]
+    devices = current().expert
+    mine = routing.num_experts // devices
+    chosen = routing.experts.reshape(n, each)
+    counts = jnp.sum(
+        jax.nn.one_hot(chosen, routing.num_experts, dtype=jnp.int32), (0, 1)
+    )
+    everyone = jax.lax.all_gather(counts, AXIS).reshape(devices, devices, mine)
+    layout = _in_order(chosen, routing.num_experts)
+    # At worst all tokens of all devices come to the experts of one.
+    most = n * min(each, mine)
+    journey = _Journey(n * each, devices * most, most, current().platform)
+    me = jax.lax.axis_index(AXIS)
+    sent = jnp.sum(everyone, 2)
+    arrived = _travel(journey, _spread(x, layout), sent, sent.T, me)
+    arrived = checkpoint_name(arrived, "dispatched")
+    numbers = _numbers(everyone[:, me], devices * most)
+    there, sizes, tile = _by_group(numbers[:, None], mine)
+    done = mlp(_spread(arrived, there), sizes, tile)
+    ones = jnp.ones((devices * most, 1), jnp.float32)
+    back = journey._replace(rows=devices * most, out=n * each)
+    rows = _travel(back, _collect(done, ones, there), sent.T, sent, me)
+    rows = checkpoint_name(rows, "returned")
+    return _collect(rows, _flat_weights(routing), layout)
+
+
+def _flat_weights(routing: Routing) -> Array:
+    return routing.weights.reshape(-1, routing.weights.shape[-1])
+
+
+def _by_priority(chosen: Int[Array, "B T k"]) -> Int[Array, "B m"]:
+    """Returns each row's choices, first choices before second ones, m = k T."""
+    return chosen.swapaxes(1, 2).reshape(chosen.shape[0], -1)
+
+
+def _ranks(chosen: Int[Array, "B m"], count: int) -> Int[Array, "B m"]:
+    """Returns how many of a row's choices before each are of the same expert.
+
+    "Before" is by first choices, then in the order of the row, or by lot (`moe.random_priority`).
+    """
+    lots = random_order(chosen.shape)
+    if lots is not None:
+        turn = jnp.argsort(lots, 1)
+        ranks = _ranks_in_order(jnp.take_along_axis(chosen, turn, 1), count)
+        return jnp.take_along_axis(ranks, jnp.argsort(turn, 1), 1)
+    return _ranks_in_order(chosen, count)
+
+
+def _ranks_in_order(chosen: Int[Array, "B m"], count: int) -> Int[Array, "B m"]:
+    sizes = jnp.sum(jax.nn.one_hot(chosen, count, dtype=jnp.int32), 1)
+    starts = jnp.cumsum(sizes, 1) - sizes
+    starts = jnp.concatenate([starts, jnp.sum(sizes, 1, keepdims=True)], 1)
+    place = jnp.argsort(jnp.argsort(chosen, 1, stable=True), 1)
+    return place - jnp.take_along_axis(starts, chosen, 1)
+
+
+def _in_order(chosen: Int[Array, "n k"], count: int) -> Layout:
+    """Returns places one behind another, by expert."""
+    place = jnp.argsort(jnp.argsort(chosen.reshape(-1), stable=True))
+    place = jnp.where(chosen < count, place.reshape(chosen.shape), -1)
+    return _layout(place, chosen.size)
+
+
+def _by_group(
+    chosen: Int[Array, "n k"], count: int
+) -> tuple[Layout, Int[Array, " G"], int]:
+    """Returns places by expert, each expert's a multiple of the tile; how many; and the tile."""
+    tile, whole = tiles_of(chosen.size, count)
+    sizes = jnp.sum(jax.nn.one_hot(chosen, count, dtype=jnp.int32), (0, 1))
+    padded = -(-sizes // tile) * tile
+    starts = jnp.cumsum(padded) - padded
+    rank = _ranks_in_order(chosen.reshape(1, -1), count).reshape(chosen.shape)
+    place = jnp.append(starts, 0)[chosen] + rank
+    rows = chosen.size + count * (tile - 1)
+    rows = -(-rows // whole) * whole
+    return _layout(jnp.where(chosen < count, place, -1), rows), padded, tile
+
+
+def _layout(place: Int[Array, "n k"], rows: int) -> Layout:
+    """Returns the layout with these places, of so many."""
+    nobody = jnp.full((rows,), -1, jnp.int32)
+    at = jnp.where(place < 0, rows, place).reshape(-1)
+    choice = jnp.arange(at.size, dtype=jnp.int32)
+    return Layout(place.astype(jnp.int32), nobody.at[at].set(choice, mode="drop"))
+
+
+def _taken(x: Array, index: Array) -> Array:
+    """Returns the rows of x that an index names, 0 for -1."""
+    rows = jnp.take(x, jnp.maximum(index, 0), 0)
+    return jnp.where((index >= 0)[..., None], rows, jnp.zeros((), x.dtype))
+
+
+def _spread(x: Float[Array, "n D"], layout: Layout) -> Float[Array, "R D"]:
+    """Returns the tokens at the places of their choices, 0 where there is none."""
+    return _spread_by(x, *layout)
+
+
+def _at_choices(x: Array, place: Array, choice: Array) -> Array:
+    return _taken(x, jnp.where(choice < 0, -1, choice // place.shape[1]))
+
+
+_spread_by = jax.custom_vjp(_at_choices)
+
+
+def _spread_fwd(x: Array, place: Array, choice: Array) -> tuple[Array, Array]:
+    return _at_choices(x, place, choice), place
+
+
+def _spread_bwd(place: Array, g: Array) -> tuple[Array, None, None]:
+    each = (_taken(g, place[:, i]).astype(jnp.float32) for i in range(place.shape[1]))
+    return functools.reduce(jnp.add, each).astype(g.dtype), None, None
+
+
+_spread_by.defvjp(_spread_fwd, _spread_bwd)
+
+
+def _collect(
+    rows: Float[Array, "R D"], weights: Float[Array, "n k"], layout: Layout
+) -> Float[Array, "n D"]:
+    """Returns the weighted sum, for each token, of what stands at the places of its choices."""
+    return _collect_by(rows, weights, *layout)
+
+
+def _added_up(rows: Array, weights: Array, place: Array, choice: Array) -> Array:
+    del choice
+    each = (
+        _taken(rows, place[:, i]).astype(jnp.float32) * weights[:, i, None]
+        for i in range(place.shape[1])
+    )
+    return functools.reduce(jnp.add, each).astype(rows.dtype)
+
+
+_collect_by = jax.custom_vjp(_added_up)
+
+
+def _collect_fwd(
+    rows: Array, weights: Array, place: Array, choice: Array
+) -> tuple[Array, tuple[Array, ...]]:
+    y = _added_up(rows, weights, place, choice)
+    return y, (rows, weights, place, choice)
+
+
+def _collect_bwd(
+    residuals: tuple[Array, ...], g: Array
+) -> tuple[Array, Array, None, None]:
+    rows, weights, place, choice = residuals
+    g = g.astype(jnp.float32)
+    token = jnp.where(choice < 0, -1, choice // place.shape[1])
+    weight = jnp.where(choice < 0, 0.0, weights.reshape(-1)[jnp.maximum(choice, 0)])
+    d_rows = _taken(g, token) * weight[:, None]
+    d_weights = [
+        jnp.sum(g * _taken(rows, place[:, i]).astype(jnp.float32), -1)
+        for i in range(place.shape[1])
+    ]
+    return d_rows.astype(rows.dtype), jnp.stack(d_weights, -1), None, None
+
+
+_collect_by.defvjp(_collect_fwd, _collect_bwd)
+
+
+def _numbers(counts: Int[Array, "devices e"], rows: int) -> Int[Array, " rows"]:
+    """Returns which of its experts each row that has arrived is for; e, of which there is none, behind the last."""
+    ends = jnp.cumsum(counts.reshape(-1))
+    slot = jnp.searchsorted(ends, jnp.arange(rows), side="right", method="compare_all")
+    each = counts.shape[1]
+    return jnp.where(slot < ends.size, slot % each, each).astype(jnp.int32)
+
+
+class _Journey(NamedTuple):
+    """What is static of sending rows."""
+
+    rows: int
+    """That a device has to send, at most."""
+    out: int
+    """That a device receives, at most."""
+    pair: int
+    """That go from one device to another, at most."""
+    platform: str
+
+
+def _moved(
+    journey: _Journey, x: Array, sent: Array, received: Array, me: Array
+) -> Array:
+    """Returns the rows that the others have for this device, one device's behind another's.
+
+    Args:
+        journey: the static part.
+        x: this device's rows, those for device 0 first.
+        sent: (devices, devices): rows from one device (first index) to another.
+        received: its transpose.
+        me: this device's number.
+    """
+    del received
+    first = lambda sizes: jnp.cumsum(sizes) - sizes  # of each part, where it begins
+    starts, lengths = first(sent[me]), sent[me]
+    arriving = sent[:, me]
+    if journey.platform != "cpu":
+        there = (jnp.cumsum(sent, 0) - sent)[me]
+        out = jnp.zeros((journey.out, x.shape[1]), x.dtype)
+        return jax.lax.ragged_all_to_all(
+            x, out, starts, lengths, there, arriving, axis_name=AXIS
+        )
+    # XLA's CPU backend has no such collective: parts of one length go, the longest there can be.
+    slot = jnp.arange(journey.pair)[None]
+    index = jnp.where(slot < lengths[:, None], starts[:, None] + slot, -1)
+    parts = jax.lax.all_to_all(
+        _taken(x, index), AXIS, split_axis=0, concat_axis=0, tiled=True
+    )
+    place = jnp.arange(journey.out)
+    ends = jnp.cumsum(arriving)
+    source = jnp.searchsorted(ends, place, side="right", method="compare_all")
+    inside = place - jnp.append(first(arriving), 0)[source]
+    at = jnp.where(source < ends.size, source * journey.pair + inside, -1)
+    return _taken(parts.reshape(-1, x.shape[1]), at)
+
+
+_travel = jax.custom_vjp(_moved, nondiff_argnums=(0,))
+
+
+def _travel_fwd(
+    journey: _Journey, x: Array, sent: Array, received: Array, me: Array
+) -> tuple[Array, tuple[Array, ...]]:
+    return _moved(journey, x, sent, received, me), (sent, received, me)
+
+
+def _travel_bwd(
+    journey: _Journey, residuals: tuple[Array, ...], g: Array
+) -> tuple[Any, ...]:
+    sent, received, me = residuals
+    back = journey._replace(rows=journey.out, out=journey.rows)
+    return _moved(back, g, received, sent, me), None, None, None
+
+
+_travel.defvjp(_travel_fwd, _travel_bwd)
