@@ -121,6 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "report": _report,
         "export": _export,
         "import": _import,
+        "upcycle": _upcycle,
         **{name: _with_model(action) for name, action in TEXT_COMMANDS.items()},
     }
     with _left_at_once():
@@ -159,6 +160,19 @@ def _add_model_commands(commands: Any) -> None:
         help="for example: jaxspeed import model.gguf --to imported/model; or a Hugging Face folder",
     )
     importing.add_argument("--to", metavar="DIR", required=True)
+    upcycling = commands.add_parser(
+        "upcycle", help="write a dense model's folder as one of a mixture of experts"
+    )
+    upcycling.add_argument(
+        "source",
+        help="for example: jaxspeed upcycle imported/smollm2 --experts 8 --to grown/smollm2",
+    )
+    upcycling.add_argument("--experts", type=int, required=True, help="of each layer")
+    upcycling.add_argument(
+        "--experts-per-token", type=int, default=2, help="that a token goes to"
+    )
+    upcycling.add_argument("--seed", type=int, default=0, help="of the routers")
+    upcycling.add_argument("--to", metavar="DIR", required=True)
     evaluate = commands.add_parser(
         "evaluate", help="what a model makes of the held-out data of its task"
     )
@@ -173,12 +187,12 @@ def _add_model_commands(commands: Any) -> None:
     evaluate.add_argument(
         "--models", default="models", help="package of the model families"
     )
-    for command in (export, importing):
+    for command in (export, importing, upcycling):
         command.add_argument("--dtype", default="float32", help=DTYPE_HELP)
         command.add_argument(
             "--shard-gb", type=float, default=5.0, help="most gigabytes in one file"
         )
-    for command in (export, importing):
+    for command in (export, importing, upcycling):
         command.add_argument(
             "--models", default="models", help="package of the model families"
         )
@@ -357,6 +371,15 @@ def _import(args: argparse.Namespace) -> int:
     from jaxspeed.pretrained import import_model
 
     return _written(import_model(args.source, args.to, **_how_to_write(args)))
+
+
+def _upcycle(args: argparse.Namespace) -> int:
+    _prepare(args)
+    from jaxspeed.upcycle import upcycle
+
+    how = _how_to_write(args) | {"experts": args.experts, "seed": args.seed}
+    files = upcycle(args.source, args.to, each=args.experts_per_token, **how)
+    return _written(files)
 
 
 def _evaluate(args: argparse.Namespace) -> int:

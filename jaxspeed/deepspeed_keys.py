@@ -498,15 +498,26 @@ PARALLELISM: dict[str, Node] = {
         switch="stages",
         off=("auto", 0, 1),
     ),
-    "expert_parallel": must_be_off(
-        "experts are not spread over devices; set it to false",
-        "autoep_size expert_tensor_parallel_size validate_folding_routing "
-        "preset_model preset moe_layer_pattern expert_pattern router_pattern "
-        "use_grouped_mm disable_triton_grouped_mm route_norm route_scale score_apply "
-        "combine_impl num_expert_groups num_limited_groups score_func top_k "
-        "load_balance_coeff routed_scaling_factor expert_w1 expert_w2 expert_w3 "
-        "num_experts_attr top_k_attr has_shared_experts shared_experts_pattern "
-        "shared_experts_gate_pattern",
+    "expert_parallel": section(
+        {
+            "enabled": unneeded(flag, "autoep_size says it"),
+            "autoep_size": maps("mesh.expert", COUNT, off=(1,)),
+            "expert_tensor_parallel_size": refuses(
+                COUNT,
+                1,
+                "mesh.tensor splits experts as it splits all else; set it to 1",
+            ),
+            "load_balance_coeff": maps("moe.balance_coef", number(0)),
+            "preset_model preset moe_layer_pattern expert_pattern router_pattern "
+            "use_grouped_mm disable_triton_grouped_mm route_norm route_scale score_apply "
+            "combine_impl num_expert_groups num_limited_groups score_func top_k "
+            "routed_scaling_factor expert_w1 expert_w2 expert_w3 num_experts_attr "
+            "top_k_attr has_shared_experts shared_experts_pattern "
+            "shared_experts_gate_pattern validate_folding_routing": unneeded(
+                anything, "the model's configuration says it"
+            ),
+        },
+        switch="enabled",
     ),
     "use_data_before_expert_parallelism": unneeded(flag, "goes with expert_parallel"),
 }

@@ -79,6 +79,8 @@ class Exchange(NamedTuple):
     """Regular expressions of what names were called once, with what that became."""
     companions: Callable[[Any], dict[str, Any]] = lambda cfg: {}
     """From the Config to JSON files that go with config.json, by name, where the model brought none."""
+    grown_from: Mapping[str, Callable[[Any, int, int], Any]] = {}
+    """What makes a Config with so many experts, so many a token, of a dense model's Config, by its `model_type`."""
 
 
 def find_exchange(model_type: str, package: str = "models") -> Exchange:
@@ -87,17 +89,30 @@ def find_exchange(model_type: str, package: str = "models") -> Exchange:
     Raises:
         ConfigError: there is no such package or family.
     """
-    try:
-        families = importlib.import_module(package).FAMILIES
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(
-            f"the package {package!r} of model families cannot be used ({error}); run from the repository's root, or give --models NAME"
-        ) from None
+    families = _families(package)
     if model_type not in families:
         raise ConfigError(
             f"model_type={model_type!r}: no such family.{suggest(model_type, families)} There are {', '.join(sorted(families))}"
         )
     return _exchange_in(families[model_type])
+
+
+def exchanges(package: str = "models") -> list[Exchange]:
+    """Returns the tables of all families of an importable package.
+
+    Raises:
+        ConfigError: there is no such package.
+    """
+    return [_exchange_in(name) for name in sorted(set(_families(package).values()))]
+
+
+def _families(package: str) -> Mapping[str, str]:
+    try:
+        return importlib.import_module(package).FAMILIES
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            f"the package {package!r} of model families cannot be used ({error}); run from the repository's root, or give --models NAME"
+        ) from None
 
 
 def exchange_of(model_config: Any) -> Exchange:

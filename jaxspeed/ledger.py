@@ -3,8 +3,7 @@
 
 `read_ledger` reads what the backend made (optimised HLO of a CPU, TPU or GPU compile);
 `read_partitioned` reads what was asked for (a lowered `shard_map` program, before any
-backend saw it). Loops are multiplied out, which XLA's `cost_analysis` does not do. This
-is no cost model: bytes and counts only, no seconds.
+backend saw it). Loops are multiplied out, which XLA's `cost_analysis` does not do. Bytes, no seconds.
 
 The one design decision: what cannot be determined is an error, or is shown as unknown
 (`axes=("?",)`); a collective that cannot be parsed is never skipped. Layer 1.
@@ -396,6 +395,7 @@ class _Computation:
 
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\(.*\) -> .* )?\{$")
 _ASSIGNMENT = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
+_END = re.compile(r"\}(\s*$|, execution_thread=)")  # others end a kernel's metadata
 _COMMENT = re.compile(r"/\*.*?\*/")
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,<= ]*)\]")
 _BITS = re.compile(r"(?:bf|[sufc])(\d+)")
@@ -421,7 +421,7 @@ def _parse_module(text: str) -> tuple[_Computation, int | None, set[str]]:
                 entry = current if match[1] else entry
             elif _ASSIGNMENT.match(line):
                 raise LedgerError(f"instruction outside a computation: {line[:200]!r}")
-        elif re.match(r"\}(?!\})", line):  # "}}" ends the metadata of a kernel
+        elif _END.match(line):
             current = None
         elif match := _ASSIGNMENT.match(line):
             instruction = _parse_instruction(match[2], match[3], bool(match[1]))

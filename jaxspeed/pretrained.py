@@ -294,7 +294,7 @@ def import_model(
     source = Path(source).expanduser()
     if source.is_dir():
         cfg, settings = read_config(source, models), read_settings(source)
-        tensors, texts = named_tensors(source, cfg), _tokenizer_files(source)
+        tensors, texts = named_tensors(source, cfg), tokenizer_files(source)
     else:
         settings, tensors, texts = read_gguf(source)
         cfg = config_of(settings, models)
@@ -321,7 +321,7 @@ def export_run(
     cfg = model_config(path, models=models)
     params = read_params(path, cfg, _abstract_params(cfg))
     how: dict[str, Any] = {"dtype": dtype, "shard_bytes": shard_bytes}
-    how |= {"texts": _tokenizer_files(path), "settings": _token_ids(path)}
+    how |= {"texts": tokenizer_files(path), "settings": _token_ids(path)}
     return export_params(params, cfg, folder, **how)
 
 
@@ -360,7 +360,7 @@ def _abstract_params(cfg: Any) -> Params:
     return with_shardings(shapes, jax.tree.map(lambda _: whole, shapes))
 
 
-def _tokenizer_files(path: str | Path) -> dict[str, str]:
+def tokenizer_files(path: str | Path) -> dict[str, str]:
     """Returns the files of a folder that say what its token ids mean, by name."""
     files = (Path(path).expanduser() / name for name in TOKENIZER_FILES)
     return {file.name: file.read_text() for file in files if file.is_file()}

@@ -421,13 +421,19 @@ def _heads(name: str) -> Heads:
     ]
 
 
-_HEADS = {
+_HEADS: dict[str, Heads] = {
     "llama": _heads("Llama"),
     "mistral": _heads("Mistral"),
     "qwen2": _heads("Qwen2"),
     "qwen3": _heads("Qwen3"),
     "smollm3": _heads("SmolLM3"),
 }
+
+
+def heads(kind: str) -> Heads:
+    """Returns what Hugging Face calls the heads of this kind of model."""
+    return _HEADS[kind]
+
 
 _NOT_WRITTEN = ("dropout", "head", "num_labels", "labels")
 """Fields that config.json has no key for, or that `jaxspeed.hf` writes."""

@@ -257,15 +257,21 @@ def _rows(cfg: Config) -> list[Row]:
     return rows
 
 
+def _grow(dense: llama.Config, experts: int, each: int) -> Config:
+    """Returns the Config of a mixture whose experts have the shape of a dense model's MLP."""
+    fields = {f.name: getattr(dense, f.name) for f in dataclasses.fields(llama.Config)}
+    return Config(**fields, num_experts=experts, experts_per_token=each)
+
+
 EXCHANGE = llama.EXCHANGE._replace(
     architectures={
         kind: [
-            (name.replace(without, theirs), head)
-            for name, head in llama.EXCHANGE.architectures[dense]
+            (name.replace(without, theirs), head) for name, head in llama.heads(dense)
         ]
         for kind, (dense, theirs, without) in _DENSE.items()
     },
     read_config=_read_config,
     write_config=_write_config,
     rows=_rows,
+    grown_from=dict.fromkeys(("llama", "mistral", "qwen3"), _grow),
 )

@@ -22,7 +22,7 @@ LAYERS = {
     2: "checkpoint data deepspeed_json deepspeed_keys deepspeed_rules frozen gguf_files gguf_tokenizers hf loss_scale "
     "losses metrics objectives offload optim precision progress report schedules",
     3: "generate lora peft pipeline program state step",
-    4: "__init__ __main__ cli cli_text doctor embedding engine loop plan pretrained profile tasks writing",
+    4: "__init__ __main__ cli cli_text doctor embedding engine loop plan pretrained profile tasks upcycle writing",
 }
 """Modules and packages of jaxspeed. Each imports its own layer and lower ones only."""
 

@@ -26,6 +26,7 @@ from jaxspeed.config import (
     LoraConfig,
     LossScaleConfig,
     MeshConfig,
+    MoeConfig,
     OptimConfig,
     RunConfig,
     ScheduleConfig,
@@ -130,6 +131,8 @@ BAD_VALUES: list[tuple[type, dict[str, Any], str]] = [
         {"path": ("a", "b"), "weights": (1.0, 0.0)},
         "data.weights=0.0: must be > 0",
     ),
+    (MoeConfig, {"capacity_factor": -1.0}, "moe.capacity_factor=-1.0: must be >= 0"),
+    (MoeConfig, {"noise": "rsample"}, "moe.noise='rsample': unknown"),
     (DataConfig, {"eval_fraction": 1.0}, "a share lies between 0 and 1"),
     (DataConfig, {"eval_fraction": 0.0}, "a share lies between 0 and 1"),
     (DataConfig, {"prefetch": 0}, "data.prefetch=0: must be > 0"),
@@ -253,21 +256,22 @@ def test_tables_of_tasks_name_real_tasks_and_settings() -> None:
 @pytest.mark.parametrize(
     ("given", "devices", "sizes"),
     [
-        ({}, 8, (1, 8, 1, 1)),
-        ({}, 1, (1, 1, 1, 1)),
-        ({"data": 4}, 8, (4, 2, 1, 1)),
-        ({"tensor": 2}, 8, (1, 4, 1, 2)),
-        ({"context": 4, "tensor": 2}, 8, (1, 1, 4, 2)),
-        ({"data": -1, "fsdp": 2}, 8, (4, 2, 1, 1)),
-        ({"data": 2, "fsdp": 2, "tensor": -1}, 8, (2, 2, 1, 2)),
-        ({"data": 2, "fsdp": 2, "tensor": 2}, 8, (2, 2, 1, 2)),
-        ({"data": 8}, 8, (8, 1, 1, 1)),
+        ({}, 8, (1, 8, 1, 1, 1)),
+        ({}, 1, (1, 1, 1, 1, 1)),
+        ({"data": 4}, 8, (4, 2, 1, 1, 1)),
+        ({"tensor": 2}, 8, (1, 4, 1, 1, 2)),
+        ({"context": 4, "tensor": 2}, 8, (1, 1, 1, 4, 2)),
+        ({"expert": 2, "context": 2}, 8, (1, 2, 2, 2, 1)),
+        ({"data": -1, "fsdp": 2}, 8, (4, 2, 1, 1, 1)),
+        ({"data": 2, "fsdp": 2, "tensor": -1}, 8, (2, 2, 1, 1, 2)),
+        ({"data": 2, "fsdp": 2, "tensor": 2}, 8, (2, 2, 1, 1, 2)),
+        ({"data": 8}, 8, (8, 1, 1, 1, 1)),
     ],
 )
 def test_mesh_sizes_multiply_to_the_devices(
     given: dict[str, int], devices: int, sizes: tuple[int, ...]
 ) -> None:
-    axes = ("data", "fsdp", "context", "tensor")
+    axes = ("data", "fsdp", "expert", "context", "tensor")
     assert MeshConfig(**given).sizes(devices) == dict(zip(axes, sizes, strict=True))
 
 

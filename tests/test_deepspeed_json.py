@@ -271,12 +271,17 @@ MOE = merge(
 )
 
 
-def test_moe_json_runs_until_experts_are_asked_for() -> None:
+def test_moe_json_spreads_experts_once_they_are_enabled() -> None:
     run = apply(MOE)
     assert (run.dtype.compute, run.dtype.reduce) == ("bfloat16", "compute")
-    assert run.loss_scale == LossScaleConfig()
-    text = message(merge(MOE, {"expert_parallel": {"enabled": True}}))
-    assert text.startswith("deepspeed expert_parallel.enabled=true: experts are not")
+    assert (run.loss_scale, run.mesh.expert) == (LossScaleConfig(), 1)
+    on = {"enabled": True, "load_balance_coeff": 0.02, "preset": "mixtral"}
+    run = apply(merge(MOE, {"expert_parallel": on}))
+    assert (run.mesh.expert, run.moe.balance_coef) == (8, 0.02)
+    split = on | {"expert_tensor_parallel_size": 2}
+    assert "mesh.tensor splits experts" in message(
+        merge(MOE, {"expert_parallel": split})
+    )
 
 
 def test_bert_json_with_one_bit_adam_is_refused() -> None:

@@ -470,7 +470,6 @@ def test_refused_optimizer_says_what_to_use(kind: str) -> None:
         ("data_types.grad_accum_dtype", "bf16"),
         ("eigenvalue.enabled", True),
         ("elasticity.enabled", True),
-        ("expert_parallel.enabled", True),
         ("flops_profiler.enabled", True),
         ("fp16.fp16_master_weights_and_grads", True),
         ("gradient_allreduce_op", "sum"),

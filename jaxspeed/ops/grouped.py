@@ -149,7 +149,8 @@ def _weight_gradient(kernel: Kernel, x: Array, g: Array, sizes: Array) -> Array:
     if platform == "tpu":
         from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
 
-        tiling = _tiling(x.shape[0], x.shape[1], g.shape[1])
+        rows, *tile_there = _tiling(x.shape[0], x.shape[1], g.shape[1])
+        tiling = (rows, min(512, tile_there[0]), tile_there[1])
         return tgmm(x.T, g, sizes, jnp.float32, tiling, num_actual_groups=groups)
     zeros = jnp.zeros((groups, x.shape[1], g.shape[1]), x.dtype)
     product = lambda w: jax.lax.ragged_dot(
