@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxspeed.config import ConfigError, RunConfig, config_error
+from jaxspeed.rollcall import call_roll
 
 
 JOIN_TIMEOUT_S = float(os.environ.get("JAXSPEED_JOIN_TIMEOUT_S", "300"))
@@ -171,8 +172,12 @@ def _join(run: RunConfig) -> None:
     if run.coordinator or run.num_processes or run.process_id >= 0:
         _check_group(run)
         who = f"coordinator={run.coordinator!r}: process {run.process_id} of {run.num_processes}"
-        _initialise(who, run.coordinator, run.num_processes, run.process_id)
+        group = (run.coordinator, run.num_processes, run.process_id)
+        call_roll(*group, JOIN_TIMEOUT_S)
+        _initialise(who, *group)
     elif not run.virtual_devices and (where := _cluster()):
+        if found := _found_group():
+            call_roll(*found, JOIN_TIMEOUT_S)
         _initialise(where)
 
 
@@ -195,6 +200,20 @@ def _check_group(run: RunConfig) -> None:
             "it wants an address and a port",
             "give for instance host0:9876",
         )
+
+
+def _found_group() -> tuple[str, int, int] | None:
+    """Returns (coordinator, processes, number of this one) as jax will find them under Slurm and Open MPI; None elsewhere."""
+    try:
+        from jax._src.clusters import OmpiCluster, SlurmCluster
+
+        for cluster in (SlurmCluster, OmpiCluster):
+            if cluster.is_env_present():
+                address = cluster.get_coordinator_address(None, None)
+                return address, cluster.get_process_count(), cluster.get_process_id()
+    except (ImportError, TypeError, AttributeError, ValueError, KeyError):
+        pass  # jax says itself what it cannot find, or moved the names of its own
+    return None
 
 
 def _initialise(who: str, *group: Any) -> None:

@@ -28,6 +28,14 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 import jaxspeed
+from jaxspeed.agreement import (
+    Disagreement,
+    Neighbours,
+    agree,
+    told_of,
+    what_is_read,
+    what_runs,
+)
 from jaxspeed.checkpoint import Checkpointer
 from jaxspeed.config import ConfigError, RunConfig, config_error, diff, to_dict
 from jaxspeed.deepspeed_json import Answer, answers_table
@@ -78,12 +86,18 @@ def fit(run: RunConfig, *, name: str, answers: Sequence[Answer] = ()) -> Result:
         TrainingError: the loss is not finite, the loss scale is exhausted, a device is out of
             memory, or another process of the job is gone.
     """
+    neighbours = Neighbours()
     try:
-        return _Run(run, name, answers).fit()
+        result = _Run(run, name, answers).fit()
+    except Disagreement:
+        neighbours.leave()
+        raise
     except jax.errors.JaxRuntimeError as error:
-        if words := _device_trouble(" ".join(str(error).split())[:300]):
+        if words := _device_trouble(" ".join(str(error).split())[:300], neighbours):
             raise TrainingError(words) from error
         raise
+    neighbours.leave()
+    return result
 
 
 class _Run:
@@ -107,6 +121,8 @@ class _Run:
 
     def fit(self) -> Result:
         main = jax.process_index() == 0
+        family = type(self.run.model).__module__
+        agree("the run", what_runs(to_dict(self.run), self.program.mesh, family))
         with contextlib.ExitStack() as stack:
             self._claim(stack)
             start = self._find_start()
@@ -143,6 +159,11 @@ class _Run:
             stack.enter_context(_locked(self.workdir))
         self.task.prepare(self.workdir)
         self.data = self.task.train_iterator()
+        if jax.process_count() > 1:
+            begin = self.data.get_state()
+            share = self.program.process_rows[0]
+            agree("the first batch", what_is_read(next(self.data), share))
+            self.data.set_state(begin)
 
     def _find_start(self) -> int:
         """Returns the step to begin behind: of the newest whole checkpoint, or 0."""
@@ -470,13 +491,13 @@ def _collectives(ledger: Ledger) -> str:
     return "collectives per device and step: " + (", ".join(parts) or "none")
 
 
-def _device_trouble(said: str) -> str:
+def _device_trouble(said: str, neighbours: Neighbours) -> str:
     """Returns what a failure of the runtime means to the user, or "" if nobody knows."""
     if "RESOURCE_EXHAUSTED" in said or "Out of memory" in said:
         change = "lower micro_batch_size (accumulate makes up for it), or set remat full, a higher zero.stage or more devices"
         return f"out of memory on a device ({said}); {change}"
     if jax.process_count() > 1 and any(sign in said for sign in _SIGNS_OF_LOSS):
-        return f"another process of the job is gone, or the link to it ({said}); start all of them again: the run goes on from its newest checkpoint"
+        return told_of(neighbours.gone(), said)
     return ""
 
 

@@ -64,12 +64,12 @@ class Recipe(NamedTuple):
         return [*train, "--workdir", str(workdir), *flags]
 
     def start(
-        self, workdir: Path, *flags: str, **keywords: Any
+        self, workdir: Path, *flags: str, cwd: Path | None = None, **keywords: Any
     ) -> "subprocess.Popen[str]":
-        """Starts the command."""
+        """Starts the command, in the repository's root or another folder."""
         return subprocess.Popen(
             self.command(workdir, *flags),
-            cwd=ROOT,
+            cwd=cwd or ROOT,
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

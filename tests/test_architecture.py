@@ -18,8 +18,8 @@ ROOT = Path(__file__).parents[1]
 
 LAYERS = {
     0: "batch checks config config_moe config_task sampling types",
-    1: "ambient auxiliary cache choice context launch ledger mesh nn ops paths remat sharding tensorfiles tiles topology",
-    2: "checkpoint data deepspeed_json deepspeed_keys deepspeed_rules frozen gguf_files gguf_tokenizers hf loss_scale "
+    1: "ambient auxiliary cache choice context launch ledger mesh nn ops paths remat rollcall sharding tensorfiles tiles topology",
+    2: "agreement checkpoint data deepspeed_json deepspeed_keys deepspeed_rules frozen gguf_files gguf_tokenizers hf loss_scale "
     "losses metrics objectives offload optim precision progress report schedules",
     3: "generate lora peft pipeline program state step",
     4: "__init__ __main__ cli cli_text doctor embedding engine loop plan pretrained profile tasks upcycle writing",

@@ -33,6 +33,14 @@ CLUSTER = (
 
 
 @pytest.fixture
+def called(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """The arguments of each roll call, which no one answers here."""
+    calls: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(launch, "call_roll", lambda *args: calls.append(args))
+    return calls
+
+
+@pytest.fixture
 def joined(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """Records the calls that would join a job, in an environment that names none."""
     for name in CLUSTER:
@@ -130,9 +138,28 @@ def test_job_that_is_not_described_is_refused(
     assert not joined
 
 
-def test_flags_name_the_job(joined: list[tuple[Any, ...]]) -> None:
+def test_flags_name_the_job(
+    joined: list[tuple[Any, ...]], called: list[tuple[Any, ...]]
+) -> None:
     launch.start(run_of(coordinator="host0:99", num_processes=4, process_id=3))
     assert joined == [("host0:99", 4, 3)]
+    assert called == [("host0:99", 4, 3, launch.JOIN_TIMEOUT_S)]
+
+
+def test_roll_is_called_where_slurm_says_who_there_is(
+    joined: list[tuple[Any, ...]],
+    called: list[tuple[Any, ...]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told = {
+        "SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "gpu[3-6]", "SLURM_NTASKS": "4",
+        "SLURM_PROCID": "2", "SLURM_LOCALID": "0",
+    }  # fmt: skip
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    launch._join(run_of())
+    assert joined == [()]
+    assert called == [("gpu3:61447", 4, 2, launch.JOIN_TIMEOUT_S)]
 
 
 @pytest.mark.parametrize(
@@ -155,6 +182,7 @@ def test_clusters_are_recognised(
     environment: dict[str, str],
     joins: bool,
     joined: list[tuple[Any, ...]],
+    called: list[tuple[Any, ...]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for name, value in environment.items():
@@ -176,7 +204,9 @@ def test_virtual_devices_stay_out_of_a_cluster(
     assert not joined
 
 
-def test_failure_to_join_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failure_to_join_is_one_line(
+    called: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise RuntimeError("UNKNOWN: Failed to start\nRPC server")
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from jaxspeed import loop
+from jaxspeed.agreement import Neighbours
 from jaxspeed.config import (
     CheckpointConfig,
     ConfigError,
@@ -296,8 +297,9 @@ def test_lock_that_the_file_system_cannot_give_is_a_warning(
 def test_runtime_failures_are_told_in_words(
     said: str, processes: int, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    alone = Neighbours()
     monkeypatch.setattr(jax, "process_count", lambda: processes)
-    told = loop._device_trouble(said)
+    told = loop._device_trouble(said, alone)
     assert told.startswith(words)
     assert bool(told) == bool(words)
 

@@ -5,7 +5,9 @@ import json
 import signal
 import socket
 import subprocess
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import pytest
@@ -43,18 +45,27 @@ def alone(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def start_job(
-    recipe: Recipe, workdir: Path, count: int, *flags: str, devices: int = 4
+    recipe: Recipe,
+    workdir: Path,
+    count: int,
+    *flags: str,
+    devices: int = 4,
+    own: Mapping[int, tuple[str, ...]] = MappingProxyType({}),
+    folders: Sequence[Path] = (),
 ) -> "list[subprocess.Popen[str]]":
-    """Starts `count` processes with four devices, or so many, in all."""
+    """Starts `count` processes with four devices, or so many, in all; some with flags or in a folder of their own."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
     group = ("--coordinator", f"localhost:{port}", "--num_processes", str(count))
     each = ("--virtual_devices", str(devices // count))
     return [
-        recipe.start(workdir, *flags, *group, *each, "--process_id", str(index))
+        recipe.start(
+            workdir, *flags, *group, *each, "--process_id", str(index),
+            *own.get(index, ()), cwd=folders[index] if folders else None,
+        )
         for index in range(count)
-    ]
+    ]  # fmt: skip
 
 
 def end_job(processes: "list[subprocess.Popen[str]]", code: int = 0) -> list[Ended]:
@@ -113,22 +124,74 @@ def test_process_that_does_not_come_is_one_line_within_the_time_out(
     ended = end(processes[0])
     assert ended.code == 2
     assert ended.err.count("\n") == 1
-    assert "process 0 of 2: not all processes of the job came within 2 s" in ended.err
+    assert "process 0 of 2: process 1 did not come within 2 s" in ended.err
     assert not (tmp_path / "run").exists()
 
 
-def test_process_whose_partner_dies_does_not_hang(
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--optim.lr", "0.5"), "the run: the processes of this job differ: optim.lr is "),
+        (("--data.eval_fraction", "0.4"), "data.eval_fraction is 0.05 in process 0, 0.4 in process 1"),
+    ],
+)  # fmt: skip
+def test_processes_with_other_settings_end_with_the_difference(
+    flags: tuple[str, ...], message: str, recipe: Recipe, tmp_path: Path
+) -> None:
+    processes = start_job(recipe, tmp_path / "run", 2, own={1: flags})
+    for ended in end_job(processes, 2):
+        assert ended.err.count("\n") == 1
+        assert message in ended.err
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_processes_with_other_text_end_with_the_difference(
     recipe: Recipe, tmp_path: Path
 ) -> None:
-    # Without checkpoints it is in a step that it notices, not at a barrier of Orbax.
+    """A file that is not the same on both hosts, under the same name; each has half of every row."""
+    texts = [tmp_path / str(host) / "text.txt" for host in range(2)]
+    for host, path in enumerate(texts):
+        path.parent.mkdir()
+        text = recipe.text.read_text()
+        path.write_text(text if host else text.swapcase())
+    shared = ("--mesh.fsdp", "1", "--mesh.tensor", "4")
+    processes = start_job(
+        recipe, tmp_path / "run", 2, *shared, "--data.path", "text.txt",
+        folders=[path.parent for path in texts],
+    )  # fmt: skip
+    for ended in end_job(processes, 2):
+        assert "the first batch: the processes of this job differ: the hash" in ended.err
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_processes_whose_partner_dies_end_with_its_name(
+    count: int, recipe: Recipe, tmp_path: Path
+) -> None:
+    # Without checkpoints they are in a step that they notice, not at a barrier of Orbax.
     endless = ("--steps", "100000", "--checkpoint.every", "0", "--eval.every", "0")
-    processes = start_job(recipe, tmp_path / "run", 2, *endless)
+    processes = start_job(recipe, tmp_path / "run", count, *endless)
     wait_until(logged(tmp_path / "run", 15), processes[0])
     processes[1].kill()
-    end(processes[1])
-    ended = end(processes[0])
-    assert ended.code == 2
-    assert "error: another process of the job is gone" in ended.err
+    for process in processes:
+        ended = end(process)
+        if process is not processes[1]:
+            assert ended.code == 2
+            assert "error: process 1 of the job is gone" in ended.err
+
+
+def test_a_process_that_fails_alone_takes_the_others_with_it(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "text.txt").write_text(recipe.text.read_text())
+    (tmp_path / "there").mkdir()
+    processes = start_job(
+        recipe, tmp_path / "run", 2, "--data.path", "text.txt",
+        folders=[tmp_path / "here", tmp_path / "there"],
+    )  # fmt: skip
+    first, second = end_job(processes, 2)
+    assert "data.path='text.txt': no such file" in second.err
+    assert "error: process 1 of the job is gone" in first.err
 
 
 WRITING = """
