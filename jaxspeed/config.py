@@ -116,6 +116,8 @@ class ZeroConfig:
     """0: nothing. 1: fp32 master and optimizer state. 2: and accumulated gradients. 3: and parameters, gathered layer by layer."""
     param_persistence_threshold: int = 16_384
     """At stage 3, a parameter with fewer elements (per layer) is gathered once per step, not layer by layer. DeepSpeed: stage3_param_persistence_threshold (default 100,000)."""
+    secondary: bool = False
+    """At stage 3, shard the master parameters and the optimizer state over `data` too, and keep a second, compute-precision copy sharded over fsdp alone: layers are gathered inside a group, and between groups parameters travel once a step (ZeRO++ hpZ). DeepSpeed: zero_hpz_partition_size."""
 
     def __post_init__(self) -> None:
         check_types(self, "zero")
@@ -124,6 +126,10 @@ class ZeroConfig:
             self.param_persistence_threshold,
             allow_zero=True,
         )
+        if self.secondary and self.stage != 3:
+            raise ConfigError(
+                f"zero.secondary has no effect at zero.stage={self.stage}, which gathers parameters once a step anyway; remove it, or set zero.stage 3"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -497,10 +497,12 @@ def _settle_dtype(r: _Reading) -> None:
 
 
 def _settle_shards(r: _Reading) -> None:
-    key = "zero_optimization.mics_shard_size"
+    name = (
+        "zero_hpz_partition_size" if "zero.secondary" in r.fields else "mics_shard_size"
+    )
     if "mesh.fsdp" in r.fields and r.get("zero.stage", 0) != 3:
         why = "DeepSpeed does this at stage 3 only; set stage 3, or remove it"
-        r.change(key, "refused", why)
+        r.change(f"zero_optimization.{name}", "refused", why)
 
 
 def _settle_cycle(r: _Reading) -> None:

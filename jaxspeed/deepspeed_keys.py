@@ -28,6 +28,7 @@ from jaxspeed.deepspeed_rules import (
     becomes,
     decays,
     flag,
+    groups,
     maps,
     must_be_off,
     named,
@@ -373,11 +374,10 @@ ZERO = section(
             flag, "tunes offloading, which is refused where it is asked for"
         ),
         "save_muon_momentum_buffer_in_memory": unneeded(flag, NO_NVME),
-        "zero_hpz_partition_size": Rule(
-            "refused",
-            SIZE,
-            "there is no second copy of the parameters inside a node; set it to 1, or "
-            "keep the gathers inside a node by mics_shard_size",
+        "zero_hpz_partition_size": maps(
+            "mesh.fsdp mesh.data zero.secondary",
+            groups,
+            "a second copy, sharded inside a group",
             off=(0, 1),
         ),
         "zero_quantized_weights zero_quantized_nontrainable_weights "

@@ -180,6 +180,11 @@ def shards(value: Any) -> list[int]:
     return [whole(1)(value), -1]
 
 
+def groups(value: Any) -> list[int | bool]:
+    """Accepts the devices of a group; as many groups as there are devices, and a second copy in each."""
+    return [whole(1)(value), -1, True]
+
+
 def decays(value: Any) -> list[float]:
     """Accepts [b1, b2], each at least 0 and less than 1."""
     try:

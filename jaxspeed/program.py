@@ -443,6 +443,12 @@ def notices(program: Program) -> list[str]:
         )
     if run.context != RunConfig.context and sizes[AXIS] == 1:
         said.append(f"context={run.context} has nothing to do here: mesh.context is 1")
+    if run.zero.secondary and sizes["data"] == 1:
+        said.append("zero.secondary has nothing to do here: mesh.data is 1, one group")
+    if run.moe.capacity_factor and sizes[AXIS] > 1:
+        said.append(
+            f"moe.capacity_factor={run.moe.capacity_factor:g} counts in each of the {sizes[AXIS]} parts of a row by itself: mesh.context changes who is dropped"
+        )
     if run.steps < run.schedule.warmup_steps:
         said.append(
             f"schedule.warmup_steps={run.schedule.warmup_steps}: the run's {run.steps} steps end before the warm-up does"

@@ -59,6 +59,8 @@ class Placement:
     """Negative index of the dim over `shard_axes`, for the kinds in `sharded`."""
     sharded: frozenset[str]
     """Kinds of array that use `zero_dim`."""
+    outer: tuple[str, ...] = ()
+    """Axes that the master's shards are cut over once more, behind `shard_axes` (`zero.secondary`)."""
     expert_dim: int | None = None
     """Negative index of the dim over `expert`, for all kinds: each device keeps its experts to itself."""
     trained: bool = True
@@ -95,7 +97,8 @@ class Placement:
         if self.tensor_dim is not None and not manual_only:
             axes[self.tensor_dim] = "tensor"
         if self.zero_dim is not None and kind in self.sharded:
-            axes[self.zero_dim] = self.shard_axes
+            outer = self.outer if kind == "master" else ()
+            axes[self.zero_dim] = (*self.shard_axes, *outer)
         if self.expert_dim is not None:
             axes[self.expert_dim] = "expert"
         return P(*axes)
@@ -143,9 +146,15 @@ def place(
     expert = dims.index("expert") if "expert" in dims and sizes["expert"] > 1 else None
     negative = lambda i: None if i is None else i - len(shape)
     kept = Placement(
-        shape, dims, negative(tensor), None, SHARDED[zero.stage], negative(expert)
+        shape,
+        dims,
+        negative(tensor),
+        None,
+        SHARDED[zero.stage],
+        ("data",) if zero.secondary else (),
+        negative(expert),
     )
-    shards = shards_of(sizes, kept.shard_axes)
+    shards = shards_of(sizes, (*kept.shard_axes, *kept.outer))
     whole = [i for i in free if i not in (tensor, expert) and shape[i] % shards == 0]
     best = max(whole, key=lambda i: shape[i], default=None) if shards > 1 else None
     sharded = kept.sharded

@@ -333,16 +333,16 @@ def _compute_copy(master: jax.Array, place: Placement, spec: StepSpec) -> jax.Ar
     Where it needs a gather now, the shard is cast first (half the bytes). Where the master is
     whole already it is used as it is and cast at each use, so that no second copy exists.
     """
-    if (
-        place.zero_dim is None
-        or "master" not in place.sharded
-        or "compute" in place.sharded
-    ):
+    if place.zero_dim is None or "master" not in place.sharded:
+        return master
+    inner = () if "compute" in place.sharded else place.shard_axes
+    axes = (*inner, *place.outer)
+    if not axes:
         return master
     return all_gather(
         master,
         place.zero_dim % master.ndim,
-        place.shard_axes,
+        axes,
         spec.settings.compute,
         _tensor(place, spec),
     )
@@ -351,12 +351,9 @@ def _compute_copy(master: jax.Array, place: Placement, spec: StepSpec) -> jax.Ar
 def _slot(master: jax.Array, place: Placement, mesh: Mesh) -> jax.Array:
     """Returns zeros of the shape in which a parameter's gradient is accumulated."""
     shape = list(master.shape)
-    if (
-        place.zero_dim is not None
-        and "master" in place.sharded
-        and "gradient" not in place.sharded
-    ):
-        shape[place.zero_dim] *= shards_of(mesh.shape, place.shard_axes)
+    if place.zero_dim is not None and "master" in place.sharded:
+        inner = () if "gradient" in place.sharded else place.shard_axes
+        shape[place.zero_dim] *= shards_of(mesh.shape, (*inner, *place.outer))
     zeros = jnp.zeros(shape, jnp.float32)
     return (
         jax.lax.with_sharding_constraint(zeros, place.tensor_spec(len(shape)))
@@ -372,11 +369,13 @@ def _final_reduction(
     tensor = _tensor(place, spec)
     if place.zero_dim is None or "master" not in place.sharded:
         return all_reduce(gradient, place.token_axes, spec.reduce_dtype, tensor)
+    dim = place.zero_dim % gradient.ndim
     if "gradient" not in place.sharded:
-        dim = place.zero_dim % gradient.ndim
         gradient = reduce_scatter(
             gradient, dim, place.shard_axes, spec.reduce_dtype, tensor
         )
+    if place.outer:
+        return reduce_scatter(gradient, dim, place.outer, spec.reduce_dtype, tensor)
     if spec.mesh.shape["data"] > 1:
         gradient = all_reduce(gradient, "data", spec.reduce_dtype, tensor)
     return gradient

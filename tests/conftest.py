@@ -54,13 +54,15 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 @pytest.fixture(scope="session")
 def mesh() -> Callable[..., Mesh]:
-    """Returns `mesh(data=1, fsdp=1, context=1, tensor=1)`, a mesh over the first devices."""
+    """Returns `mesh(data=1, fsdp=1, expert=1, context=1, tensor=1)`, a mesh over the first devices."""
 
-    def build(data: int = 1, fsdp: int = 1, context: int = 1, tensor: int = 1) -> Mesh:
-        sizes = (data, fsdp, context, tensor)
+    def build(
+        data: int = 1, fsdp: int = 1, expert: int = 1, context: int = 1, tensor: int = 1
+    ) -> Mesh:
+        sizes = (data, fsdp, expert, context, tensor)
         devices = np.array(jax.devices()[: math.prod(sizes)])
         types = (AxisType.Auto,) * len(sizes)
-        axes = ("data", "fsdp", "context", "tensor")
+        axes = ("data", "fsdp", "expert", "context", "tensor")
         return Mesh(devices.reshape(sizes), axes, axis_types=types)
 
     return build

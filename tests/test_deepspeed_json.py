@@ -424,6 +424,16 @@ def test_mics_shards_inside_fsdp_and_replicates_over_data() -> None:
     assert "stage 3 only" in message(ds)
 
 
+def test_hpz_shards_over_all_and_keeps_a_copy_in_each_group() -> None:
+    ds = {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 4}}
+    run = apply(ds)
+    assert (run.mesh, run.zero.secondary) == (MeshConfig(data=-1, fsdp=4), True)
+    ds = {"zero_optimization": {"stage": 2, "zero_hpz_partition_size": 4}}
+    assert "stage 3 only" in message(ds)
+    both = {"stage": 3, "zero_hpz_partition_size": 4, "mics_shard_size": 2}
+    assert "contradicts" in message({"zero_optimization": both})
+
+
 @pytest.mark.parametrize(
     ("ds", "compute"),
     [

@@ -487,7 +487,6 @@ def test_refused_optimizer_says_what_to_use(kind: str) -> None:
         ("zero_optimization.offload_optimizer.device", "cpu"),
         ("zero_optimization.offload_param.device", "nvme"),
         ("zero_optimization.zenflow.topk_ratio", 0.1),
-        ("zero_optimization.zero_hpz_partition_size", 8),
         ("zero_optimization.zero_quantized_gradients", True),
         ("zero_optimization.zero_quantized_weights", True),
         ("activation_checkpointing.cpu_checkpointing", True),

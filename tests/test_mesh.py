@@ -12,8 +12,8 @@ from jaxspeed.mesh import build_mesh
 
 
 SIZES = [
-    (1, 8, 1, 1), (8, 1, 1, 1), (2, 2, 1, 2), (2, 2, 2, 1), (2, 4, 1, 1), (1, 4, 1, 2),
-    (1, 1, 1, 1), (1, 2, 1, 1),
+    (1, 8, 1, 1, 1), (8, 1, 1, 1, 1), (2, 2, 1, 1, 2), (2, 2, 1, 2, 1), (2, 4, 1, 1, 1),
+    (1, 4, 1, 1, 2), (1, 1, 1, 1, 1), (1, 2, 2, 2, 1),
 ]  # fmt: skip
 
 
@@ -26,13 +26,14 @@ def test_mesh_has_its_axes_in_order_over_each_device_once(
     assert mesh.axis_names == MESH_AXES
     assert tuple(mesh.shape.values()) == mesh.devices.shape == sizes
     assert sorted(d.id for d in mesh.devices.flat) == [d.id for d in devices]
-    assert mesh.axis_types == (AxisType.Auto,) * 4
+    assert mesh.axis_types == (AxisType.Auto,) * len(sizes)
 
 
 def test_all_devices_are_taken_by_default() -> None:
     assert build_mesh(MeshConfig().sizes(8)).shape == {
         "data": 1,
         "fsdp": 8,
+        "expert": 1,
         "context": 1,
         "tensor": 1,
     }

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import pytest
 
-from jaxspeed.config import MeshConfig
+from jaxspeed.config import MeshConfig, ZeroConfig
 from jaxspeed.ledger import Ledger, read_ledger
 from jaxspeed.program import Program
 from jaxspeed.sharding import is_placement
@@ -119,3 +119,26 @@ def test_tensor_axis_halves_what_is_gathered(stage: int) -> None:
     assert ledger.elements("reduce-scatter", "fsdp") == pytest.approx(
         per_device, rel=0.05
     )
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_second_copy_keeps_layer_gathers_inside_a_group(accumulate: int) -> None:
+    """ZeRO++ hpZ (arXiv 2306.10209 section 3.2): between groups each shard travels once a step, in neither pass."""
+    mesh, A = FSDP["data x fsdp"], accumulate
+    zero = ZeroConfig(stage=3, param_persistence_threshold=0, secondary=True)
+    program, ledger, step = compiled(zero=zero, mesh=mesh, accumulate=accumulate)
+    psi = num_params(program)
+    whole = sum(
+        math.prod(p.shape)
+        for p in jax.tree.leaves(program.spec.placements, is_leaf=is_placement)
+        if p.zero_dim is None
+    )
+    inside = ledger.elements("all-gather", ("fsdp",))
+    assert 0.9 * (1 + A) * psi < inside <= 1.05 * 2 * A * psi
+    between = ledger.elements("all-gather", ("data",))
+    assert between == pytest.approx((psi - whole) / 4, rel=0.05)
+    assert ledger.elements("reduce-scatter", ("fsdp",)) == pytest.approx(A * psi, rel=0.05)
+    assert ledger.elements("reduce-scatter", ("data",)) == pytest.approx(psi / 4, rel=0.05)
+    state = memory_of(step).argument_size_in_bytes
+    state -= bytes_per_device(program.abstract_batch(NAMES))
+    assert state == pytest.approx(12 * ((psi - whole) / 8 + whole), rel=0.02)

@@ -12,7 +12,7 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 
-from jaxspeed.config import REMAT_POLICIES, OptimizerName
+from jaxspeed.config import REMAT_POLICIES, OptimizerName, ZeroConfig
 from tests.dist.runs import MESHES, config, curve, reference
 from tests.models.zoo import members
 
@@ -104,3 +104,19 @@ def test_optimizers_agree_with_one_device_at_every_stage(
     run = config("gpt2", stage=stage, optimizer=optimizer, mesh=MESHES["2x4"])
     ours, theirs = curve(run, "gpt2"), reference("gpt2", optimizer=optimizer)
     np.testing.assert_allclose(ours["train/loss"], theirs["train/loss"], rtol=3e-5)
+
+
+@pytest.mark.parametrize(("accumulate", "family"), [(1, "gpt2"), (4, "llama")])
+@pytest.mark.parametrize("mesh", ["4x2", "2x2x2"])
+def test_a_second_copy_does_not_change_the_loss_curve(
+    mesh: str, accumulate: int, family: str
+) -> None:
+    if 16 % (MESHES[mesh].data * MESHES[mesh].fsdp * accumulate):
+        accumulate = 2
+    zero = ZeroConfig(stage=3, param_persistence_threshold=600, secondary=True)
+    run = config(family, zero=zero, accumulate=accumulate, mesh=MESHES[mesh])
+    ours, theirs = curve(run, family), reference(family)
+    np.testing.assert_allclose(ours["train/loss"], theirs["train/loss"], rtol=3e-5)
+    np.testing.assert_allclose(
+        ours["train/grad_norm"], theirs["train/grad_norm"], rtol=1e-4
+    )
