@@ -215,7 +215,9 @@ class Attention(nnx.Module):
         causal: bool,
     ) -> Float[Array, "B T D"]:
         """Returns what each position gathers from its text, from earlier positions only if causal."""
-        q, (k, v) = self._queries(x), self._keys_and_values(x)
+        matrices = (self.wq[...], self.wk[...], self.wv[...])
+        biases = (self.bq[...], self.bk[...], self.bv[...])
+        q, k, v = ops.linears(x, matrices, biases)
         return self._out(ops.attention(q, k, v, segment_ids, causal=causal))
 
     def across(
@@ -230,7 +232,7 @@ class Attention(nnx.Module):
         if memory_segment_ids is None:
             memory_segment_ids = jnp.ones(k.shape[:2], jnp.int32)
         attended = ops.attention(
-            self._queries(x),
+            *ops.linears(x, (self.wq[...],), (self.bq[...],)),
             k,
             v,
             segment_ids,
@@ -239,18 +241,10 @@ class Attention(nnx.Module):
         )
         return self._out(attended)
 
-    def _queries(self, x: Float[Array, "B T D"]) -> Float[Array, "B T N H"]:
-        q = ops.linear(x, self.wq[...], self.bq[...])
-        return shard(q, "batch", "seq", "heads", "head_dim")
-
-    def _keys_and_values(
-        self, x: Float[Array, "B S D"] | None
-    ) -> tuple[Float[Array, "B S N H"], Float[Array, "B S N H"]]:
+    def _keys_and_values(self, x: Float[Array, "B S D"] | None) -> tuple[Array, ...]:
         assert x is not None, "memory is read at the first pass"
-        k = ops.linear(x, self.wk[...], self.bk[...])
-        v = ops.linear(x, self.wv[...], self.bv[...])
-        heads = ("batch", "seq", "heads", "head_dim")
-        return shard(k, *heads), shard(v, *heads)
+        matrices, biases = (self.wk[...], self.wv[...]), (self.bk[...], self.bv[...])
+        return ops.linears(x, matrices, biases)
 
     def _out(self, attended: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
         attended = shard(attended, "batch", "seq", "heads", "head_dim")

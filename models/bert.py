@@ -163,9 +163,11 @@ class Attention(nnx.Module):
     ) -> Float[Array, "B S D"]:
         """Returns what each position gathers from all of its document."""
         heads = ("batch", "seq", "heads", "head_dim")
-        q = shard(ops.linear(x, self.wq[...], self.bq[...]), *heads)
-        k = shard(ops.linear(x, self.wk[...], self.bk[...]), *heads)
-        v = shard(ops.linear(x, self.wv[...], self.bv[...]), *heads)
+        q, k, v = ops.linears(
+            x,
+            (self.wq[...], self.wk[...], self.wv[...]),
+            (self.bq[...], self.bk[...], self.bv[...]),
+        )
         attended = ops.attention(q, k, v, segment_ids, causal=False)
         return ops.linear(
             shard(attended, *heads), self.wo[...], self.bo[...], contract=2

@@ -197,8 +197,9 @@ class Attention(nnx.Module):
         causal: bool,
     ) -> Float[Array, "B T D"]:
         """Returns what each position gathers from its document, from earlier positions only if causal."""
-        q = _heads(x, self.wq[...], self.bq[...])
-        k, v = self._keys_and_values(x)
+        matrices = (self.wq[...], self.wk[...], self.wv[...])
+        biases = (self.bq[...], self.bk[...], self.bv[...])
+        q, k, v = ops.linears(x, matrices, biases)
         return self._out(ops.attention(q, k, v, segment_ids, causal=causal))
 
     def across(
@@ -209,7 +210,7 @@ class Attention(nnx.Module):
         memory_segment_ids: Int[Array, "B S"] | None,
     ) -> Float[Array, "B T D"]:
         """Returns what each position gathers from the memory of its segment; without such, from all of it."""
-        q = _heads(x, self.wq[...], self.bq[...])
+        (q,) = ops.linears(x, (self.wq[...],), (self.bq[...],))
         k, v = ops.remember(lambda: self._keys_and_values(memory))
         if memory_segment_ids is None:
             segment_ids = None
@@ -218,25 +219,14 @@ class Attention(nnx.Module):
         )
         return self._out(attended)
 
-    def _keys_and_values(
-        self, x: Float[Array, "B S D"] | None
-    ) -> tuple[Float[Array, "B S N H"], Float[Array, "B S N H"]]:
+    def _keys_and_values(self, x: Float[Array, "B S D"] | None) -> tuple[Array, ...]:
         assert x is not None, "memory is read at the first pass"
-        return _heads(x, self.wk[...], self.bk[...]), _heads(
-            x, self.wv[...], self.bv[...]
-        )
+        matrices, biases = (self.wk[...], self.wv[...]), (self.bk[...], self.bv[...])
+        return ops.linears(x, matrices, biases)
 
     def _out(self, attended: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
         attended = shard(attended, "batch", "seq", "heads", "head_dim")
         return ops.linear(attended, self.wo[...], self.bo[...], contract=2)
-
-
-def _heads(
-    x: Float[Array, "B T D"],
-    w: ops.Matrix,
-    b: Float[Array, "N H"],
-) -> Float[Array, "B T N H"]:
-    return shard(ops.linear(x, w, b), "batch", "seq", "heads", "head_dim")
 
 
 class MLP(nnx.Module):

@@ -274,18 +274,8 @@ class Attention(nnx.Module):
         windowed: Bool[Array, ""] | None,
     ) -> Float[Array, "B T D"]:
         """Returns what each position gathers from the earlier ones of its document."""
-        bq, bk, bv = (
-            (self.bq[...], self.bk[...], self.bv[...])
-            if self.biased
-            else (None, None, None)
-        )
-        q = shard(ops.linear(x, self.wq[...], bq), "batch", "seq", "heads", "head_dim")
-        k = shard(
-            ops.linear(x, self.wk[...], bk), "batch", "seq", "kv_heads", "head_dim"
-        )
-        v = shard(
-            ops.linear(x, self.wv[...], bv), "batch", "seq", "kv_heads", "head_dim"
-        )
+        biases = (self.bq[...], self.bk[...], self.bv[...]) if self.biased else ()
+        q, k, v = ops.linears(x, (self.wq[...], self.wk[...], self.wv[...]), biases)
         if self.normed:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = (
@@ -314,7 +304,7 @@ class MLP(nnx.Module):
     ) -> Float[Array, "B T D"]:
         """Returns w_down(silu(w_gate(x)) * w_up(x)), of padding too."""
         del segment_ids
-        gate, up = ops.linear(x, self.w_gate[...]), ops.linear(x, self.w_up[...])
+        gate, up = ops.linears(x, (self.w_gate[...], self.w_up[...]))
         return ops.linear(
             shard(ops.silu_gate(gate, up), "batch", "seq", "mlp"), self.w_down[...]
         )

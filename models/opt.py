@@ -161,9 +161,11 @@ class Attention(nnx.Module):
     ) -> Float[Array, "B T D"]:
         """Returns what each position gathers from the earlier ones of its document."""
         heads = ("batch", "seq", "heads", "head_dim")
-        q = shard(ops.linear(x, self.wq[...], self.bq[...]), *heads)
-        k = shard(ops.linear(x, self.wk[...], self.bk[...]), *heads)
-        v = shard(ops.linear(x, self.wv[...], self.bv[...]), *heads)
+        q, k, v = ops.linears(
+            x,
+            (self.wq[...], self.wk[...], self.wv[...]),
+            (self.bq[...], self.bk[...], self.bv[...]),
+        )
         attended = shard(ops.attention(q, k, v, segment_ids), *heads)
         return ops.linear(attended, self.wo[...], self.bo[...], contract=2)
 

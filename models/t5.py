@@ -204,7 +204,7 @@ class Attention(nnx.Module):
                 max_distance=self.max_distance,
             )
 
-        q, k, v = (_heads(x, w[...]) for w in (self.wq, self.wk, self.wv))
+        q, k, v = ops.linears(x, (self.wq[...], self.wk[...], self.wv[...]))
         attended = ops.attention(
             q, k, v, segment_ids, causal=causal, bias=bias, scale=1.0
         )
@@ -218,10 +218,8 @@ class Attention(nnx.Module):
         memory_segment_ids: Int[Array, "B S"] | None,
     ) -> Float[Array, "B T D"]:
         """Returns what each position gathers from its document in the memory."""
-        q = _heads(x, self.wq[...])
-        k, v = ops.remember(
-            lambda: (_heads(memory, self.wk[...]), _heads(memory, self.wv[...]))
-        )
+        (q,) = ops.linears(x, (self.wq[...],))
+        k, v = ops.remember(lambda: self._keys_and_values(memory))
         if memory_segment_ids is None:
             memory_segment_ids = jnp.ones(k.shape[:2], jnp.int32)
         attended = ops.attention(
@@ -235,14 +233,13 @@ class Attention(nnx.Module):
         )
         return self._out(attended)
 
+    def _keys_and_values(self, x: Float[Array, "B S D"] | None) -> tuple[Array, ...]:
+        assert x is not None, "memory is read at the first pass"
+        return ops.linears(x, (self.wk[...], self.wv[...]))
+
     def _out(self, attended: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
         attended = shard(attended, "batch", "seq", "heads", "head_dim")
         return ops.linear(attended, self.wo[...], contract=2)
-
-
-def _heads(x: Float[Array, "B T D"] | None, w: ops.Matrix) -> Float[Array, "B T N H"]:
-    assert x is not None, "memory is read at the first pass"
-    return shard(ops.linear(x, w), "batch", "seq", "heads", "head_dim")
 
 
 class MLP(nnx.Module):
@@ -258,11 +255,11 @@ class MLP(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"], *, site: int) -> Float[Array, "B T D"]:
         """Returns w_down(relu(w_up x)), or w_down(gelu(w_gate x) * w_up x)."""
-        up = ops.linear(x, self.w_up[...])
         if self.gated:
-            inner = ops.gelu(ops.linear(x, self.w_gate[...])) * up
+            gate, up = ops.linears(x, (self.w_gate[...], self.w_up[...]))
+            inner = ops.gelu(gate) * up
         else:
-            inner = jax.nn.relu(up)
+            inner = jax.nn.relu(ops.linear(x, self.w_up[...]))
         inner = ops.dropout(shard(inner, "batch", "seq", "mlp"), self.dropout, site)
         return ops.linear(inner, self.w_down[...])
 

@@ -157,9 +157,11 @@ class Attention(nnx.Module):
     def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         """Returns what each token gathers from all."""
         heads = ("batch", "seq", "heads", "head_dim")
-        q = shard(ops.linear(x, self.wq[...], self.bq[...]), *heads)
-        k = shard(ops.linear(x, self.wk[...], self.bk[...]), *heads)
-        v = shard(ops.linear(x, self.wv[...], self.bv[...]), *heads)
+        q, k, v = ops.linears(
+            x,
+            (self.wq[...], self.wk[...], self.wv[...]),
+            (self.bq[...], self.bk[...], self.bv[...]),
+        )
         attended = shard(ops.attention(q, k, v, causal=False), *heads)
         return ops.linear(attended, self.wo[...], self.bo[...], contract=2)
 

@@ -203,10 +203,9 @@ class Attention(nnx.Module):
         causal: bool,
     ) -> Float[Array, "B T D"]:
         """Returns what each position gathers from its document, from earlier positions only if causal."""
-        k, v = self._keys_and_values(x)
-        return self._out(
-            ops.attention(self._queries(x), k, v, segment_ids, causal=causal)
-        )
+        matrices = (self.wq[...], self.wk[...], self.wv[...])
+        q, k, v = ops.linears(x, matrices, (self.bq[...], None, self.bv[...]))
+        return self._out(ops.attention(q, k, v, segment_ids, causal=causal))
 
     def across(
         self,
@@ -220,7 +219,7 @@ class Attention(nnx.Module):
         if memory_segment_ids is None:
             memory_segment_ids = jnp.ones(k.shape[:2], jnp.int32)
         attended = ops.attention(
-            self._queries(x),
+            *ops.linears(x, (self.wq[...],), (self.bq[...],)),
             k,
             v,
             segment_ids,
@@ -229,17 +228,10 @@ class Attention(nnx.Module):
         )
         return self._out(attended)
 
-    def _queries(self, x: Float[Array, "B T D"]) -> Float[Array, "B T N H"]:
-        q = ops.linear(x, self.wq[...], self.bq[...])
-        return shard(q, "batch", "seq", "heads", "head_dim")
-
-    def _keys_and_values(
-        self, x: Float[Array, "B S D"] | None
-    ) -> tuple[Float[Array, "B S N H"], Float[Array, "B S N H"]]:
+    def _keys_and_values(self, x: Float[Array, "B S D"] | None) -> tuple[Array, ...]:
         assert x is not None, "memory is read at the first pass"
-        k, v = ops.linear(x, self.wk[...]), ops.linear(x, self.wv[...], self.bv[...])
-        heads = ("batch", "seq", "heads", "head_dim")
-        return shard(k, *heads), shard(v, *heads)
+        matrices = (self.wk[...], self.wv[...])
+        return ops.linears(x, matrices, (None, self.bv[...]))
 
     def _out(self, attended: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
         attended = shard(attended, "batch", "seq", "heads", "head_dim")

@@ -6,7 +6,11 @@ from jaxspeed.ops.attention import attention as attention
 from jaxspeed.ops.cross_entropy import fused_cross_entropy as fused_cross_entropy
 from jaxspeed.ops.embedding import embed as embed
 from jaxspeed.ops.experts import experts as experts
-from jaxspeed.ops.linear import Matrix as Matrix, linear as linear
+from jaxspeed.ops.linear import (
+    Matrix as Matrix,
+    linear as linear,
+    linears as linears,
+)
 from jaxspeed.ops.norm import layer_norm as layer_norm, rms_norm as rms_norm
 from jaxspeed.ops.places import (
     document_places as document_places,

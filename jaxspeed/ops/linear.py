@@ -10,15 +10,17 @@ float32 whatever the compute dtype.
 import functools
 import math
 import zlib
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from jaxspeed.ambient import current
 from jaxspeed.ops.pointwise import dropout
-from jaxspeed.sharding import Adapted
+from jaxspeed.sharding import Adapted, shard
 from jaxspeed.tiles import Tiled, dot_tiled
 
 
@@ -67,6 +69,57 @@ def linear(
             settings.compute, settings.activations, flat, matrix, bias.reshape(-1)
         )
     return y.reshape(*lead, *outer)
+
+
+def linears(
+    x: Float[Array, "..."],
+    matrices: Sequence[Matrix],
+    biases: Sequence[Float[Array, "..."] | None] = (),
+) -> tuple[Float[Array, "..."], ...]:
+    """Returns the products of the same activations with several matrices, as `linear` would one by one.
+
+    What they give to the gradient of x is added up before it is summed over the mesh axis `tensor`:
+    one reduction, where the products one by one have one each (Megatron's f, arXiv 1909.08053
+    section 3).
+
+    Args:
+        x: activations, (..., D).
+        matrices: (D, ...); `tensor` splits the first dim behind D, if it divides that, of the results too.
+        biases: one for each, or None; empty: none at all.
+    """
+    biases = biases or (None,) * len(matrices)
+    pairs = list(zip(matrices, biases, strict=True))
+    if any(isinstance(w, Adapted | Tiled) for w in matrices):
+        return tuple(linear(x, w, b) for w, b in pairs)
+    settings, inner = current(), x.shape[-1]
+    plan = _Plan(
+        settings.compute,
+        settings.activations,
+        settings.tensor,
+        tuple(w.shape[1] % settings.tensor == 0 for w in matrices),
+    )
+    given = [
+        (w.reshape(inner, -1), None if b is None else b.reshape(-1)) for w, b in pairs
+    ]
+    made: Any = _products(plan, x.reshape(-1, inner), given)
+    lead = x.shape[:-1]
+
+    def shaped(y: Array, w: Any) -> Array:
+        rest = (None,) * (w.ndim - 2)
+        y = y.reshape(*lead, *w.shape[1:])
+        return shard(y, *(None,) * len(lead), "heads", *rest)
+
+    return tuple(map(shaped, made, matrices))
+
+
+class _Plan(NamedTuple):
+    """What is static of several products."""
+
+    compute: Any
+    out: Any
+    tensor: int
+    split: tuple[bool, ...]
+    """Whether `tensor` splits the columns of each."""
 
 
 def _adapted_linear(x: Array, w: Adapted, bias: Array | None, contract: int) -> Array:
@@ -186,6 +239,69 @@ def _affine_bwd(
 
 
 _affine.defvjp(_affine_fwd, _affine_bwd)
+
+
+Given = list[tuple[Array, Array | None]]
+"""A matrix and its bias, of each product."""
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _products(plan: _Plan, x: Array, given: Given) -> tuple[Array, ...]:
+    return _products_fwd(plan, x, given)[0]
+
+
+def _products_fwd(
+    plan: _Plan, x: Array, given: Given
+) -> tuple[tuple[Array, ...], tuple[Any, ...]]:
+    xc, made, kept = x.astype(plan.compute), [], []
+    for w, b in given:
+        wc = w.astype(plan.compute)
+        y = dot(xc, wc, (1, 0))
+        made.append((y if b is None else y + b[None]).astype(plan.out))
+        kept.append((wc, None if b is None else b[:0]))
+    return tuple(made), (pack(xc), kept, jnp.zeros((0,), x.dtype))
+
+
+def _products_bwd(
+    plan: _Plan, residuals: tuple[Any, ...], gradients: tuple[Array, ...]
+) -> tuple[Array, Given]:
+    kept, matrices, like = residuals
+    gs, x = [g.astype(plan.compute) for g in gradients], unpack(kept, plan.compute)
+    rows = (
+        dot_rows
+        if kept.dtype == jnp.uint16
+        else functools.partial(dot, contracting=(0, 0))
+    )
+    given = [
+        (rows(x, g), None if b is None else jnp.sum(g, 0, dtype=jnp.float32))
+        for g, (_, b) in zip(gs, matrices, strict=True)
+    ]
+    parts = list(zip(gs, [w for w, _ in matrices], plan.split, strict=True))
+    whole = [
+        dot(g, w, (1, 1)) for g, w, split in parts if not (split and plan.tensor > 1)
+    ]
+    halves = [(g, w) for g, w, split in parts if split and plan.tensor > 1]
+    if halves:
+        whole.append(_reduced_once(halves, like.dtype))
+    return functools.reduce(jnp.add, whole).astype(like.dtype), given
+
+
+def _reduced_once(pairs: list[tuple[Array, Array]], dtype: Any) -> Array:
+    """Returns the sum of g w^T over pairs whose columns `tensor` splits, added up on each device first."""
+
+    def local(pairs: list[tuple[Array, Array]]) -> Array:
+        parts = [dot(g, w, (1, 1)) for g, w in pairs]
+        return jax.lax.psum(functools.reduce(jnp.add, parts).astype(dtype), "tensor")
+
+    columns = P(None, "tensor")
+    total = jax.shard_map(
+        local, in_specs=([(columns, columns)] * len(pairs),), out_specs=P(),
+        axis_names={"tensor"}, check_vma=False,
+    )(pairs)  # fmt: skip
+    return total.astype(jnp.float32)
+
+
+_products.defvjp(_products_fwd, _products_bwd)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))

@@ -12,7 +12,8 @@ from jaxspeed.ledger import Ledger, read_ledger
 from jaxspeed.program import Program
 from jaxspeed.sharding import is_placement
 from jaxspeed.state import bytes_per_device
-from tests.dist.runs import config, program_of
+from tests.dist.runs import batches, config, program_of
+from tests.models.zoo import D, L, T
 
 
 pytestmark = pytest.mark.slow
@@ -142,3 +143,23 @@ def test_second_copy_keeps_layer_gathers_inside_a_group(accumulate: int) -> None
     state = memory_of(step).argument_size_in_bytes
     state -= bytes_per_device(program.abstract_batch(NAMES))
     assert state == pytest.approx(12 * ((psi - whole) / 8 + whole), rel=0.02)
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "opt"])
+def test_tensor_axis_sums_activations_twice_a_layer_in_either_pass(
+    family: str, stage: int
+) -> None:
+    """Megatron's f and g (arXiv 1909.08053 section 3); nothing of a vocabulary's or a matrix's size travels."""
+    mesh = MeshConfig(data=4 if stage == 0 else 1, fsdp=-1, tensor=2)
+    program = program_of(config(family, stage=stage, mesh=mesh), family=family)
+    names = list(batches(family)[0])
+    ledger = read_ledger(program.lower_step(names).compile(), program.mesh.shape)
+    unit = 16 // 4 * T * D
+    layer = [e for e in ledger.select("all-reduce", ("tensor",)) if e.trips == L]
+    assert sum(e.trips * e.elements for e in layer) == pytest.approx(4 * L * unit, rel=0.05)
+    rest = ledger.elements("all-reduce", ("tensor",)) - 4 * L * unit
+    # The embedding's rows, and the gradient of what the vocabulary's logits are made of.
+    assert rest <= 2.2 * unit
+    for kind in ("all-gather", "all-to-all", "collective-permute", "reduce-scatter"):
+        assert ledger.elements(kind, ("tensor",)) <= 0.05 * unit

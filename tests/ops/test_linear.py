@@ -10,7 +10,7 @@ import pytest
 
 from jaxspeed.ambient import ambient
 from jaxspeed.config import ConfigError
-from jaxspeed.ops import linear
+from jaxspeed.ops import linear, linears
 from jaxspeed.ops.linear import dot, dot_rows
 from jaxspeed.sharding import Adapted
 from jaxspeed.tiles import tiled
@@ -230,3 +230,40 @@ def test_matrix_in_tiles_is_the_matrix(rows: int, columns: int) -> None:
         np.testing.assert_allclose(
             ours, linear(x, w, b, contract=2), rtol=1e-5, atol=1e-5
         )
+
+
+@pytest.mark.parametrize("compute", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("biased", [True, False])
+def test_several_products_are_those_one_by_one(biased: bool, compute: Any) -> None:
+    keys = jax.random.split(jax.random.key(0), 6)
+    x = jax.random.normal(keys[0], (4, 8, 16))
+    matrices = [
+        jax.random.normal(key, shape)
+        for key, shape in zip(
+            keys[1:4], ((16, 4, 8), (16, 2, 8), (16, 40)), strict=True
+        )
+    ]
+    biases: list[Any] = [None] * 3
+    if biased:
+        biases = [
+            jax.random.normal(keys[4], (4, 8)),
+            None,
+            jax.random.normal(keys[5], (40,)),
+        ]
+
+    def total(fn: Any, x: Any, matrices: Any, biases: Any) -> Any:
+        return sum(jnp.sum(jnp.sin(y)) for y in fn(x, matrices, biases))
+
+    def each(x: Any, matrices: Any, biases: Any) -> Any:
+        return [linear(x, w, b) for w, b in zip(matrices, biases, strict=True)]
+
+    with ambient(compute=compute):
+        ours, theirs = (
+            jax.value_and_grad(
+                lambda *args, fn=fn: total(fn, *args), argnums=(0, 1, 2)
+            )(x, matrices, biases)
+            for fn in (linears, each)
+        )
+    tolerance = 1e-5 if compute == jnp.float32 else 2e-2
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
