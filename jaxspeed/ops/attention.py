@@ -7,6 +7,7 @@ tokens before from the cache and adds its own; a model file does not know which 
 
 import functools
 import logging
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -151,6 +152,7 @@ def _split(
             "mesh.context", settings.context, "this model's bias is split over mesh.tensor",
             "set one of them to 1",
         )  # fmt: skip
+    k, v = _enough_heads(settings.tensor, q.shape[2], k, v)
     _check_heads(settings.tensor, q.shape[2], k.shape[2])
     heads = P(None, None, "tensor", None)
     return jax.shard_map(
@@ -197,6 +199,7 @@ def _by_kernel(
             checkpoint_name(x.astype(settings.compute), name)
             for x, name in ((q, "q"), (k, "k"), (v, "v"))
         )
+    k, v = _enough_heads(settings.tensor, q.shape[2], k, v)
     kernel = functools.partial(_KERNELS[chosen], form=form)
     if settings.tensor > 1 and chosen in ("splash", "cudnn"):
         kernel = _over_tensor(kernel, settings.tensor, q.shape[2], k.shape[2])
@@ -305,6 +308,22 @@ def choose_attention(
     )
     logger.info("attention kernel: %s (%s)", chosen, why)
     return chosen, why
+
+
+def _enough_heads(
+    size: int, query_heads: int, k: Array, v: Array
+) -> tuple[Array, Array]:
+    """Returns keys and values with their heads repeated until the devices of `tensor` divide them.
+
+    Each device then has those that its queries read; nothing travels for it but their gradients.
+    """
+    key_heads = k.shape[2]
+    times = math.lcm(key_heads, size) // key_heads
+    if times == 1 or query_heads % (times * key_heads):
+        return k, v
+    dims = ("batch", "seq", "kv_heads", "head_dim")
+    k, v = (shard(jnp.repeat(x, times, 2), *dims) for x in (k, v))
+    return k, v
 
 
 def _over_tensor(

@@ -13,7 +13,7 @@ from jaxspeed.program import Program
 from jaxspeed.sharding import is_placement
 from jaxspeed.state import bytes_per_device
 from tests.dist.runs import batches, config, program_of
-from tests.models.zoo import D, L, T
+from tests.models.zoo import ZOO, D, L, T
 
 
 pytestmark = pytest.mark.slow
@@ -145,20 +145,26 @@ def test_second_copy_keeps_layer_gathers_inside_a_group(accumulate: int) -> None
     assert state == pytest.approx(12 * ((psi - whole) / 8 + whole), rel=0.02)
 
 
-@pytest.mark.parametrize("stage", [0, 3])
-@pytest.mark.parametrize("family", ["gpt2", "llama", "opt"])
+@pytest.mark.parametrize(
+    ("family", "stage", "tensor"),
+    [
+        ("gpt2", 0, 2), ("gpt2", 3, 4), ("llama", 0, 2), ("llama", 3, 2), ("opt", 1, 4),
+        ("llama", 0, 4), ("llama", 3, 4),  # of two key heads
+    ],
+)  # fmt: skip
 def test_tensor_axis_sums_activations_twice_a_layer_in_either_pass(
-    family: str, stage: int
+    family: str, stage: int, tensor: int
 ) -> None:
     """Megatron's f and g (arXiv 1909.08053 section 3); nothing of a vocabulary's or a matrix's size travels."""
-    mesh = MeshConfig(data=4 if stage == 0 else 1, fsdp=-1, tensor=2)
+    mesh = MeshConfig(data=8 // tensor if stage == 0 else 1, tensor=tensor)
     program = program_of(config(family, stage=stage, mesh=mesh), family=family)
     names = list(batches(family)[0])
     ledger = read_ledger(program.lower_step(names).compile(), program.mesh.shape)
-    unit = 16 // 4 * T * D
+    unit = 16 * tensor // 8 * T * D
     layer = [e for e in ledger.select("all-reduce", ("tensor",)) if e.trips == L]
-    assert sum(e.trips * e.elements for e in layer) == pytest.approx(4 * L * unit, rel=0.05)
-    rest = ledger.elements("all-reduce", ("tensor",)) - 4 * L * unit
+    due = 4 * L * unit
+    assert sum(e.trips * e.elements for e in layer) == pytest.approx(due, rel=0.05)
+    rest = ledger.elements("all-reduce", ("tensor",)) - due
     # The embedding's rows, and the gradient of what the vocabulary's logits are made of.
     assert rest <= 2.2 * unit
     for kind in ("all-gather", "all-to-all", "collective-permute", "reduce-scatter"):

@@ -12,9 +12,9 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 
-from jaxspeed.config import REMAT_POLICIES, OptimizerName, ZeroConfig
+from jaxspeed.config import REMAT_POLICIES, MeshConfig, OptimizerName, ZeroConfig
 from tests.dist.runs import MESHES, config, curve, reference
-from tests.models.zoo import members
+from tests.models.zoo import ZOO, members
 
 
 pytestmark = pytest.mark.slow
@@ -116,6 +116,18 @@ def test_a_second_copy_does_not_change_the_loss_curve(
     zero = ZeroConfig(stage=3, param_persistence_threshold=600, secondary=True)
     run = config(family, zero=zero, accumulate=accumulate, mesh=MESHES[mesh])
     ours, theirs = curve(run, family), reference(family)
+    np.testing.assert_allclose(ours["train/loss"], theirs["train/loss"], rtol=3e-5)
+    np.testing.assert_allclose(
+        ours["train/grad_norm"], theirs["train/grad_norm"], rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize("attention", ["xla", "cpu"])
+def test_fewer_key_heads_than_tensor_has_devices(attention: Any) -> None:
+    mesh = MeshConfig(fsdp=2, tensor=4)
+    assert ZOO["llama"].cfg.num_kv_heads == 2
+    run = config("llama", mesh=mesh, attention=attention)
+    ours, theirs = curve(run, "llama"), reference("llama")
     np.testing.assert_allclose(ours["train/loss"], theirs["train/loss"], rtol=3e-5)
     np.testing.assert_allclose(
         ours["train/grad_norm"], theirs["train/grad_norm"], rtol=1e-4
