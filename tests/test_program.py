@@ -13,6 +13,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec as P
 
 from jaxspeed.config import (
+    BATCH_AXES,
     ConfigError,
     DTypeConfig,
     LossScaleConfig,
@@ -41,7 +42,7 @@ def test_training_batch_has_the_rows_of_micro_step_i_at_index_i() -> None:
     for x in batch.values():
         assert isinstance(x.sharding, NamedSharding)
         along = ("context",) if x.ndim > 2 else ()
-        assert x.sharding.spec == P(None, ("data", "fsdp"), *along)
+        assert x.sharding.spec == P(None, BATCH_AXES, *along)
         assert x.addressable_shards[0].data.shape[:2] == (2, program.batch.micro_size)
 
 
