@@ -200,7 +200,9 @@ def _own_address() -> str:
     """Returns the address by which the coordinator sees this process."""
     from jax._src import distributed
 
-    host, _, port = distributed.global_state.coordinator_address.rpartition(":")
+    address = distributed.global_state.coordinator_address
+    assert address is not None, "only several processes ask"
+    host, _, port = address.rpartition(":")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         probe.connect((host.strip("[]"), int(port)))  # nothing is sent

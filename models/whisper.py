@@ -218,8 +218,9 @@ class Attention(nnx.Module):
         k, v = ops.remember(lambda: self._keys_and_values(memory))
         if memory_segment_ids is None:
             memory_segment_ids = jnp.ones(k.shape[:2], jnp.int32)
+        (q,) = ops.linears(x, (self.wq[...],), (self.bq[...],))
         attended = ops.attention(
-            *ops.linears(x, (self.wq[...],), (self.bq[...],)),
+            q,
             k,
             v,
             segment_ids,

@@ -88,18 +88,19 @@ def linears(
         biases: one for each, or None; empty: none at all.
     """
     biases = biases or (None,) * len(matrices)
-    pairs = list(zip(matrices, biases, strict=True))
-    if any(isinstance(w, Adapted | Tiled) for w in matrices):
-        return tuple(linear(x, w, b) for w, b in pairs)
+    arrays = [w for w in matrices if not isinstance(w, Adapted | Tiled)]
+    if len(arrays) < len(matrices):
+        return tuple(map(functools.partial(linear, x), matrices, biases))
     settings, inner = current(), x.shape[-1]
     plan = _Plan(
         settings.compute,
         settings.activations,
         settings.tensor,
-        tuple(w.shape[1] % settings.tensor == 0 for w in matrices),
+        tuple(w.shape[1] % settings.tensor == 0 for w in arrays),
     )
     given = [
-        (w.reshape(inner, -1), None if b is None else b.reshape(-1)) for w, b in pairs
+        (w.reshape(inner, -1), None if b is None else b.reshape(-1))
+        for w, b in zip(arrays, biases, strict=True)
     ]
     made: Any = _products(plan, x.reshape(-1, inner), given)
     lead = x.shape[:-1]
@@ -109,7 +110,7 @@ def linears(
         y = y.reshape(*lead, *w.shape[1:])
         return shard(y, *(None,) * len(lead), "heads", *rest)
 
-    return tuple(map(shaped, made, matrices))
+    return tuple(map(shaped, made, arrays))
 
 
 class _Plan(NamedTuple):
