@@ -225,7 +225,7 @@ class Engine:
         """Allows `backward` again after `eval`, as in PyTorch; returns the engine.
 
         Nothing else depends on the mode: a loss that is read before `step` is computed without
-        dropout, and an update always uses it.
+        dropout and without what routers add, and an update always uses both.
         """
         self._training = mode
         return self
