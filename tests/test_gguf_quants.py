@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from jaxspeed.gguf_files import read_gguf
-from tests.test_gguf_files import weights, write
+from tests.gguf_maker import weights, write
 
 
 gguf: Any = pytest.importorskip("gguf", reason="needs pip install 'jaxspeed[hf]'")
