@@ -59,7 +59,7 @@ def agree(topic: str, mine: Mapping[str, Any]) -> None:
     count, me = jax.process_count(), jax.process_index()
     if count == 1:
         return
-    client = _client()
+    client = _service().client
     _rounds[topic] = _rounds.get(topic, 0) + 1
     key = f"jaxspeed/agree/{topic}/{_rounds[topic]}"
     client.key_value_set(f"{key}/{me}", json.dumps(dict(mine), default=str))
@@ -79,7 +79,7 @@ def _verdict(client: Any, key: str, topic: str, count: int) -> str:
         if text is None:
             return f"{topic}: process {number} did not come as far within {PATIENCE_S:g} s; see its own output"
         for name, value in json.loads(text).items():
-            value, (first, whose) = value, seen.setdefault(name, (value, number))
+            first, whose = seen.setdefault(name, (value, number))
             if value != first:
                 return (
                     f"{topic}: the processes of this job differ: {name} is {first} in process {whose}, {value} in process {number}; "
@@ -95,11 +95,11 @@ def _get(client: Any, key: str, seconds: float) -> str | None:
         return None
 
 
-def _client() -> Any:
-    """Returns the client of the service that `jax.distributed.initialize` started; jax has no public name for it."""
+def _service() -> Any:
+    """Returns what `jax.distributed.initialize` started, with its client; jax has no public name for it."""
     from jax._src import distributed
 
-    return distributed.global_state.client
+    return distributed.global_state
 
 
 class Neighbours:
@@ -116,7 +116,7 @@ class Neighbours:
         count, self._me = jax.process_count(), jax.process_index()
         if count == 1:
             return
-        client, key = _client(), "jaxspeed/neighbours"
+        client, key = _service().client, "jaxspeed/neighbours"
         host = _own_address()
         self._door = socket.create_server((host, 0), backlog=128)
         mine = json.dumps([host, self._door.getsockname()[1]])
@@ -174,11 +174,10 @@ class Neighbours:
                     token, _, word = guest.recv(4096).decode().partition(" ")
                 if token == self._token and word:
                     gone = json.loads(word)
-                    watching = watching and bool(
-                        gone
-                    )  # [] says that it leaves in order
+                    # None gone: the next process leaves in order.
+                    watching = watching and bool(gone)
             except TimeoutError:
-                if watching and _is_closed(self._doors[next_one]):
+                if watching and _knock(self._doors[next_one]) is False:
                     gone = self.gone()
             except (OSError, ValueError):
                 continue  # our own door is closed, or it was no one of ours
@@ -198,40 +197,25 @@ def told_of(gone: Sequence[int], said: str = "") -> str:
 
 def _own_address() -> str:
     """Returns the address by which the coordinator sees this process."""
-    from jax._src import distributed
-
-    address = distributed.global_state.coordinator_address
-    assert address is not None, "only several processes ask"
-    host, _, port = address.rpartition(":")
+    host, _, port = _service().coordinator_address.rpartition(":")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         probe.connect((host.strip("[]"), int(port)))  # nothing is sent
         return probe.getsockname()[0]
 
 
-def _is_closed(door: Any) -> bool:
-    """Whether the machine behind a door says that it is closed; one that says nothing may be busy."""
-    if door is None:
-        return True
-    try:
-        with socket.create_connection(tuple(door), timeout=2.0):
-            return False
-    except ConnectionRefusedError:
-        return True
-    except OSError:
-        return False
-
-
-def _knock(door: Any, word: bytes = b"") -> bool:
-    """Whether a process is behind its door, to which a word is left."""
+def _knock(door: Any, word: bytes = b"") -> bool | None:
+    """Whether a process is behind its door, to which a word is left; None: its machine says nothing, and may be busy."""
     if door is None:
         return False
     try:
         with socket.create_connection(tuple(door), timeout=2.0) as connection:
             connection.sendall(word)
             return True
-    except OSError:
+    except ConnectionRefusedError:
         return False
+    except OSError:
+        return None
 
 
 def what_runs(config: Mapping[str, Any], mesh: Any, *modules: str) -> dict[str, Any]:
@@ -290,12 +274,10 @@ def _file(module: str) -> Path:
 @functools.cache
 def _hash_of(path: Path) -> str:
     """Returns a hash of a source file, or of all in a folder."""
-    files = sorted(path.rglob("*.py")) if path.is_dir() else [path]
+    folder = path if path.is_dir() else path.parent
     digest = hashlib.sha256()
-    for file in files:
+    for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
         if file.is_file():
-            digest.update(
-                str(file.relative_to(path) if path.is_dir() else file.name).encode()
-            )
+            digest.update(str(file.relative_to(folder)).encode())
             digest.update(file.read_bytes())
     return digest.hexdigest()[:12]

@@ -57,6 +57,19 @@ def positive(where: str, value: float, *, allow_zero: bool = False) -> None:
         raise config_error(where, value, f"must be {bound}", f"give a number {bound}")
 
 
+def no_negatives(config: Any, where: str) -> None:
+    """Raises if a number of a section is below zero or not finite."""
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            positive(f"{where}.{f.name}", value, allow_zero=True)
+
+
+def divisors(count: int) -> list[int]:
+    """Returns the numbers that divide it, for messages that name what would be legal."""
+    return [n for n in range(1, count + 1) if count % n == 0]
+
+
 def reject_unread(
     config: Any, where: str, always: set[str], read: Mapping[str, frozenset[str]]
 ) -> None:

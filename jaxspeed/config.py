@@ -19,6 +19,8 @@ from jaxspeed.checks import (
     ConfigError,
     check_types,
     config_error,
+    divisors as divisors,
+    no_negatives,
     positive,
     reject_unread,
     suggest as suggest,
@@ -367,10 +369,7 @@ class ScheduleConfig:
 
     def __post_init__(self) -> None:
         check_types(self, "schedule")
-        for f in dataclasses.fields(self):
-            value = getattr(self, f.name)
-            if isinstance(value, (int, float)) and not isinstance(value, bool):
-                positive(f"schedule.{f.name}", value, allow_zero=True)
+        no_negatives(self, "schedule")
         reject_unread(self, "schedule", {"name"}, SCHEDULE_FIELDS)
 
 
@@ -683,12 +682,11 @@ class RunConfig(Generic[M]):
                     "give 1; mesh.fsdp is for these devices",
                 )
         elif experts % devices:
-            legal = [str(n) for n in range(1, experts + 1) if experts % n == 0]
             raise config_error(
                 "mesh.expert",
                 devices,
                 f"it does not divide the model's {experts} experts",
-                f"give one of {', '.join(legal)}",
+                f"give one of {', '.join(map(str, divisors(experts)))}",
             )
         each = getattr(self.model, "experts_per_token", 2)
         if self.moe.sample_second and each != 2:

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """How tokens are handed to experts: the part of the run configuration that routers read. Layer 0: standard library only."""
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
-from jaxspeed.checks import ConfigError, check_types, positive
+from jaxspeed.checks import ConfigError, check_types, no_negatives
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,10 +30,7 @@ class MoeConfig:
 
     def __post_init__(self) -> None:
         check_types(self, "moe")
-        for f in dataclasses.fields(self):
-            value = getattr(self, f.name)
-            if isinstance(value, (int, float)) and not isinstance(value, bool):
-                positive(f"moe.{f.name}", value, allow_zero=True)
+        no_negatives(self, "moe")
         for name in ("min_capacity", "random_priority"):
             value = getattr(self, name)
             drops = self.capacity_factor or self.eval_capacity_factor

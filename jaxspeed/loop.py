@@ -121,8 +121,9 @@ class _Run:
 
     def fit(self) -> Result:
         main = jax.process_index() == 0
-        family = type(self.run.model).__module__
-        agree("the run", what_runs(to_dict(self.run), self.program.mesh, family))
+        if jax.process_count() > 1:
+            family = type(self.run.model).__module__
+            agree("the run", what_runs(to_dict(self.run), self.program.mesh, family))
         with contextlib.ExitStack() as stack:
             self._claim(stack)
             start = self._find_start()

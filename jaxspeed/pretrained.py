@@ -265,7 +265,7 @@ def _with_new_head(
         same = dotted(path) in wanted and dotted(path) not in heads
         return wanted[dotted(path)] if same else leaf.update(sharding=whole)
 
-    shapes = nn.abstract(lambda: there.build(nn.rngs(jax.random.key(0))))[1]
+    shapes = shapes_of(there)
     shapes = jax.tree_util.tree_map_with_path(sharded, shapes)
     held = jax.tree_util.tree_leaves_with_path(_run_params(path, there, shapes))
     found = {dotted(path): leaf for path, leaf in held if dotted(path) not in heads}
@@ -356,8 +356,13 @@ def _abstract_params(cfg: Any) -> Params:
     """Returns the shapes of a family's parameters, whole on one device."""
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("one",))
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    shapes = nn.abstract(lambda: cfg.build(nn.rngs(jax.random.key(0))))[1]
+    shapes = shapes_of(cfg)
     return with_shardings(shapes, jax.tree.map(lambda _: whole, shapes))
+
+
+def shapes_of(cfg: Any) -> Params:
+    """Returns the shapes of a family's parameters."""
+    return nn.abstract(lambda: cfg.build(nn.rngs(jax.random.key(0))))[1]
 
 
 def tokenizer_files(path: str | Path) -> dict[str, str]:

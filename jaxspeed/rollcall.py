@@ -52,7 +52,8 @@ def _preside(
     host: str, port: int, count: int, deadline: float, timeout_s: float
 ) -> str:
     """Collects all numbers and tells everyone the outcome: "" or what is wrong."""
-    there: dict[int, socket.socket] = {}
+    there: set[int] = set()
+    guests: list[socket.socket] = []
     word = ""
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(_listen(host, port))
@@ -74,8 +75,9 @@ def _preside(
                 word = f"process {number} was started with num_processes={of}; give all the same"
             elif number in there or not 0 < number < count:
                 word = f"process {number} came twice; give each its own --process_id, from 0 to {count - 1}"
-            there[number] = guest
-        for guest in there.values():
+            there.add(number)
+            guests.append(guest)
+        for guest in guests:
             with contextlib.suppress(OSError):
                 guest.sendall(json.dumps(word).encode() + b"\n")
                 guest.recv(1)  # that it closes first leaves the port free

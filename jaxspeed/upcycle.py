@@ -11,10 +11,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
-from jaxspeed import nn
 from jaxspeed.config import ConfigError, config_error
 from jaxspeed.hf import (
     Part,
@@ -28,7 +26,7 @@ from jaxspeed.hf import (
     write_model,
 )
 from jaxspeed.paths import paths_of
-from jaxspeed.pretrained import tokenizer_files
+from jaxspeed.pretrained import shapes_of, tokenizer_files
 from jaxspeed.tensorfiles import TensorInfo
 
 
@@ -63,35 +61,25 @@ def upcycle(
         ConfigError: no family with experts begins as this model, or a folder cannot be used.
     """
     source = Path(source).expanduser()
-    dense, kind = read_config(source, models), read_settings(source)["model_type"]
-    grow = next(
-        (
-            exchange.grown_from[kind]
-            for exchange in exchanges(models)
-            if kind in exchange.grown_from
-        ),
-        None,
-    )
-    if grow is None:
+    dense, there_is = read_config(source, models), read_settings(source)
+    kind = there_is["model_type"]
+    known = {k: v for each in exchanges(models) for k, v in each.grown_from.items()}
+    if kind not in known:
         raise config_error(
             "model",
             source,
             f"no family here with experts begins as a {kind}",
-            "give the folder of a llama, mistral or qwen3",
+            f"give the folder of a {', '.join(sorted(known))}",
         )
     try:
-        cfg = grow(dense, experts, each)
+        cfg = known[kind](dense, experts, each)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     tensors = named_tensors(source, dense)
-    there = check_tensors(tensors, dense, _shapes(dense), source=str(source))
-    here = parts_of(exchange_of(cfg).rows(cfg), paths_of(_shapes(cfg)))
+    there = check_tensors(tensors, dense, shapes_of(dense), source=str(source))
+    here = parts_of(exchange_of(cfg).rows(cfg), paths_of(shapes_of(cfg)))
     texts = tokenizer_files(source)
-    kept = {
-        name: x
-        for name, x in read_settings(source).items()
-        if name.endswith("_token_id")
-    }
+    kept = {name: x for name, x in there_is.items() if name.endswith("_token_id")}
     settings = {**kept, **exchange_of(cfg).write_config(cfg)}
     return write_model(
         folder,
@@ -121,7 +109,3 @@ def _grown(
                 drawn = rng.normal(0, STD, part.shape_there).astype(np.float32)
                 info = TensorInfo(drawn.shape, drawn.dtype, lambda drawn=drawn: drawn)
                 yield name, info
-
-
-def _shapes(cfg: Any) -> Any:
-    return nn.abstract(lambda: cfg.build(nn.rngs(jax.random.key(0))))[1]

@@ -310,6 +310,10 @@ class MLP(nnx.Module):
         )
 
 
+MakeMlp = Callable[[Any, nnx.Rngs], nnx.Module]
+"""From a family's Config to what stands behind attention in a block: `(x, segment_ids) -> x`."""
+
+
 class Block(nnx.Module):
     """Attention and MLP, each behind a norm and around a residual."""
 
@@ -317,7 +321,7 @@ class Block(nnx.Module):
         self,
         cfg: Config,
         rngs: nnx.Rngs,
-        make_mlp: Callable[[Any, nnx.Rngs], nnx.Module] = MLP,
+        make_mlp: MakeMlp = MLP,
     ) -> None:
         self.dropout = cfg.dropout
         self.attn_norm = RMSNorm(cfg.d_model, rngs, eps=cfg.norm_eps)
@@ -350,7 +354,7 @@ class Llama(nnx.Module):
         self,
         cfg: Config,
         rngs: nnx.Rngs,
-        make_mlp: Callable[[Any, nnx.Rngs], nnx.Module] = MLP,
+        make_mlp: MakeMlp = MLP,
     ) -> None:
         self.unties, self.labelled = cfg.unties, cfg.head != "lm"
         self.each = cfg.each_layer()
@@ -582,15 +586,28 @@ def _write_config(cfg: Config) -> dict[str, Any]:
     if cfg.no_rope_interval:
         settings["no_rope_layer_interval"] = cfg.no_rope_interval
         settings["pad_token_id"] = None  # else one beyond a small vocabulary
+    check_written(cfg, settings, _read_config)
+    return settings
+
+
+def check_written(
+    cfg: Any,
+    settings: Mapping[str, Any],
+    read_config: Callable[[Mapping[str, Any]], Any],
+) -> None:
+    """Raises unless the settings are read as the Config that they were written for.
+
+    Raises:
+        ConfigError: a field of it is lost.
+    """
     outside = {name: getattr(cfg, name) for name in _NOT_WRITTEN}
-    again = dataclasses.replace(_read_config(settings), **outside)
+    again = dataclasses.replace(read_config(settings), **outside)
     if again != cfg:
         fields = (f.name for f in dataclasses.fields(cfg))
         lost = [f for f in fields if getattr(again, f) != getattr(cfg, f)]
         raise ConfigError(
             f"model.{lost[0]}={getattr(cfg, lost[0])} cannot be exported: no Hugging Face model has it together with the other settings ({settings['model_type']} comes nearest)"
         )
-    return settings
 
 
 def _write_rope(cfg: Config) -> dict[str, Any]:

@@ -17,7 +17,6 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxspeed import ops
-from jaxspeed.config import ConfigError
 from jaxspeed.hf import Row, required, setting
 from jaxspeed.nn import param
 from models import llama
@@ -181,9 +180,8 @@ def _read_config(hf: Mapping[str, Any]) -> Config:
             name.replace(theirs, without) for name in hf["architectures"]
         ]
     plain = llama.EXCHANGE.read_config(hf | {"model_type": dense})
-    fields = {f.name: getattr(plain, f.name) for f in dataclasses.fields(plain)}
     return Config(
-        **fields,
+        **vars(plain),
         num_experts=_num_experts(hf),
         experts_per_token=required(hf, "num_experts_per_tok"),
         normalise_weights=kind == "mixtral" or hf["norm_topk_prob"],
@@ -224,15 +222,7 @@ def _write_config(cfg: Config) -> dict[str, Any]:
         }
     if cfg.d_shared:
         settings |= {"shared_expert_intermediate_size": cfg.d_shared}
-    outside = ("dropout", "head", "num_labels", "labels")
-    again = dataclasses.replace(
-        _read_config(settings), **{name: getattr(cfg, name) for name in outside}
-    )
-    for f in dataclasses.fields(cfg):
-        if getattr(again, f.name) != getattr(cfg, f.name):
-            raise ConfigError(
-                f"model.{f.name}={getattr(cfg, f.name)} cannot be exported: no Hugging Face model has it together with the other settings ({kind} comes nearest)"
-            )
+    llama.check_written(cfg, settings, _read_config)
     return settings
 
 
@@ -259,8 +249,7 @@ def _rows(cfg: Config) -> list[Row]:
 
 def _grow(dense: llama.Config, experts: int, each: int) -> Config:
     """Returns the Config of a mixture whose experts have the shape of a dense model's MLP."""
-    fields = {f.name: getattr(dense, f.name) for f in dataclasses.fields(llama.Config)}
-    return Config(**fields, num_experts=experts, experts_per_token=each)
+    return Config(**vars(dense), num_experts=experts, experts_per_token=each)
 
 
 EXCHANGE = llama.EXCHANGE._replace(

@@ -46,6 +46,16 @@ def commands(path: Path) -> list[list[str]]:
     return found
 
 
+def run_script(name: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+    """Runs a script with `--steps 10`, a bare PATH and these variables."""
+    return subprocess.run(
+        ["bash", FOLDER / name, "--steps", "10"],
+        capture_output=True,
+        text=True,
+        env={"PATH": "/usr/bin:/bin"} | environment,
+    )
+
+
 def container(job: Any) -> Any:
     (replicated,) = job["spec"]["replicatedJobs"]
     (one,) = replicated["template"]["spec"]["template"]["spec"]["containers"]
@@ -80,30 +90,20 @@ def test_slurm_starts_a_process_a_gpu(tmp_path: Path) -> None:
     srun = tmp_path / "srun"
     srun.write_text('#!/bin/bash\nprintf "%s\\n" "$@"\n')
     srun.chmod(0o755)
-    environment = {
-        "PATH": f"{tmp_path}:/usr/bin:/bin",
-        "SLURM_JOB_NUM_NODES": "4",
-        "SLURM_SUBMIT_DIR": "/home/me",
-    }
-    done = subprocess.run(
-        ["bash", FOLDER / "slurm.sh", "--steps", "10"],
-        capture_output=True,
-        text=True,
-        env=environment,
-        check=True,
+    done = run_script(
+        "slurm.sh",
+        PATH=f"{tmp_path}:/usr/bin:/bin",
+        SLURM_JOB_NUM_NODES="4",
+        SLURM_SUBMIT_DIR="/home/me",
     )
+    assert done.returncode == 0, done.stderr
     given = done.stdout.split()
     assert given[1:4] == ["python", "train.py", "configs/llama2_7b.py"]
     assert given[-4:] == ["--workdir", "/home/me/runs/llama2_7b", "--steps", "10"]
 
 
-def test_tpu_script_says_what_it_needs(tmp_path: Path) -> None:
-    done = subprocess.run(
-        ["bash", FOLDER / "tpu_vm.sh"],
-        capture_output=True,
-        text=True,
-        env={"PATH": "/usr/bin:/bin"},
-    )
+def test_tpu_script_says_what_it_needs() -> None:
+    done = run_script("tpu_vm.sh")
     assert done.returncode != 0
     assert "the Google Cloud project" in done.stderr
 
@@ -114,17 +114,11 @@ def test_tpu_script_runs_on_all_workers(tmp_path: Path) -> None:
     gcloud = tmp_path / "gcloud"
     gcloud.write_text(f'#!/bin/bash\nprintf "%s|" "$@" >> {log}\necho >> {log}\n')
     gcloud.chmod(0o755)
-    environment = {
-        "PATH": f"{tmp_path}:/usr/bin:/bin", "PROJECT": "p", "ZONE": "z",
-        "REPO": "https://example.org/r", "RUNS": "/mnt/runs",
-    }  # fmt: skip
-    done = subprocess.run(
-        ["bash", FOLDER / "tpu_vm.sh", "--steps", "10"],
-        capture_output=True,
-        text=True,
-        env=environment,
-        check=True,
-    )
+    done = run_script(
+        "tpu_vm.sh", PATH=f"{tmp_path}:/usr/bin:/bin", PROJECT="p", ZONE="z",
+        REPO="https://example.org/r", RUNS="/mnt/runs",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
     assert "tpu-vm delete jaxspeed --project p --zone z" in done.stdout
     train = log.read_text().splitlines()[-1]
     assert "--worker=all" in train

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxspeed.ambient import current
-from jaxspeed.ops.linear import dot, dot_rows, pack
+from jaxspeed.ops.linear import dot, pack, rows_product
 from jaxspeed.types import Sums
 
 
@@ -99,8 +99,7 @@ def _summed_loss_fwd(
     weights: Array,
 ) -> tuple[Array, tuple[Array, Array, Array | None]]:
     table = embedding.astype(compute)
-    packed = pack(table).dtype == jnp.uint16
-    rows = dot_rows if packed else functools.partial(dot, contracting=(0, 0))
+    rows = rows_product(pack(table))
 
     def add(
         carry: tuple[Array, Array, Array | None], chunk: tuple[Array, Array, Array]

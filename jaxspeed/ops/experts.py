@@ -156,9 +156,7 @@ def _all_elsewhere(x: Array, routing: Routing, mlp: Mlp) -> Array:
     devices = current().expert
     mine = routing.num_experts // devices
     chosen = routing.experts.reshape(n, each)
-    counts = jnp.sum(
-        jax.nn.one_hot(chosen, routing.num_experts, dtype=jnp.int32), (0, 1)
-    )
+    counts = _counts(chosen.reshape(1, -1), routing.num_experts)[0]
     everyone = jax.lax.all_gather(counts, AXIS).reshape(devices, devices, mine)
     layout = _in_order(chosen, routing.num_experts)
     # At worst all tokens of all devices come to the experts of one.
@@ -166,14 +164,14 @@ def _all_elsewhere(x: Array, routing: Routing, mlp: Mlp) -> Array:
     journey = _Journey(n * each, devices * most, most, current().platform)
     me = jax.lax.axis_index(AXIS)
     sent = jnp.sum(everyone, 2)
-    arrived = _travel(journey, _spread(x, layout), sent, sent.T, me)
+    arrived = _travel(journey, _spread(x, layout), sent, me)
     arrived = checkpoint_name(arrived, "dispatched")
     numbers = _numbers(everyone[:, me], devices * most)
     there, sizes, tile = _by_group(numbers[:, None], mine)
     done = mlp(_spread(arrived, there), sizes, tile)
     ones = jnp.ones((devices * most, 1), jnp.float32)
     back = journey._replace(rows=devices * most, out=n * each)
-    rows = _travel(back, _collect(done, ones, there), sent.T, sent, me)
+    rows = _travel(back, _collect(done, ones, there), sent.T, me)
     rows = checkpoint_name(rows, "returned")
     return _collect(rows, _flat_weights(routing), layout)
 
@@ -200,18 +198,27 @@ def _ranks(chosen: Int[Array, "B m"], count: int) -> Int[Array, "B m"]:
     return _ranks_in_order(chosen, count)
 
 
+def _counts(chosen: Int[Array, "B m"], count: int) -> Int[Array, "B count"]:
+    """Returns how many of a row's choices each expert is."""
+    return jnp.sum(jax.nn.one_hot(chosen, count, dtype=jnp.int32), 1)
+
+
+def _sorted_places(chosen: Int[Array, "B m"]) -> Int[Array, "B m"]:
+    """Returns where each choice stands once a row's are sorted by expert."""
+    return jnp.argsort(jnp.argsort(chosen, 1, stable=True), 1)
+
+
 def _ranks_in_order(chosen: Int[Array, "B m"], count: int) -> Int[Array, "B m"]:
-    sizes = jnp.sum(jax.nn.one_hot(chosen, count, dtype=jnp.int32), 1)
+    sizes = _counts(chosen, count)
     starts = jnp.cumsum(sizes, 1) - sizes
     starts = jnp.concatenate([starts, jnp.sum(sizes, 1, keepdims=True)], 1)
-    place = jnp.argsort(jnp.argsort(chosen, 1, stable=True), 1)
-    return place - jnp.take_along_axis(starts, chosen, 1)
+    return _sorted_places(chosen) - jnp.take_along_axis(starts, chosen, 1)
 
 
 def _in_order(chosen: Int[Array, "n k"], count: int) -> Layout:
     """Returns places one behind another, by expert."""
-    place = jnp.argsort(jnp.argsort(chosen.reshape(-1), stable=True))
-    place = jnp.where(chosen < count, place.reshape(chosen.shape), -1)
+    place = _sorted_places(chosen.reshape(1, -1)).reshape(chosen.shape)
+    place = jnp.where(chosen < count, place, -1)
     return _layout(place, chosen.size)
 
 
@@ -220,7 +227,7 @@ def _by_group(
 ) -> tuple[Layout, Int[Array, " G"], int]:
     """Returns places by expert, each expert's a multiple of the tile; how many; and the tile."""
     tile, whole = tiles_of(chosen.size, count)
-    sizes = jnp.sum(jax.nn.one_hot(chosen, count, dtype=jnp.int32), (0, 1))
+    sizes = _counts(chosen.reshape(1, -1), count)[0]
     padded = -(-sizes // tile) * tile
     starts = jnp.cumsum(padded) - padded
     rank = _ranks_in_order(chosen.reshape(1, -1), count).reshape(chosen.shape)
@@ -244,72 +251,67 @@ def _taken(x: Array, index: Array) -> Array:
     return jnp.where((index >= 0)[..., None], rows, jnp.zeros((), x.dtype))
 
 
-def _spread(x: Float[Array, "n D"], layout: Layout) -> Float[Array, "R D"]:
+def _at_choices(x: Float[Array, "n D"], layout: Layout) -> Float[Array, "R D"]:
     """Returns the tokens at the places of their choices, 0 where there is none."""
-    return _spread_by(x, *layout)
+    return _taken(x, _tokens(layout))
 
 
-def _at_choices(x: Array, place: Array, choice: Array) -> Array:
-    return _taken(x, jnp.where(choice < 0, -1, choice // place.shape[1]))
+def _tokens(layout: Layout) -> Int[Array, " R"]:
+    """Returns whose place each is; -1: nobody's."""
+    return jnp.where(layout.choice < 0, -1, layout.choice // layout.place.shape[1])
 
 
-_spread_by = jax.custom_vjp(_at_choices)
+_spread = jax.custom_vjp(_at_choices)
 
 
-def _spread_fwd(x: Array, place: Array, choice: Array) -> tuple[Array, Array]:
-    return _at_choices(x, place, choice), place
+def _spread_fwd(x: Array, layout: Layout) -> tuple[Array, Layout]:
+    return _at_choices(x, layout), layout
 
 
-def _spread_bwd(place: Array, g: Array) -> tuple[Array, None, None]:
+def _spread_bwd(layout: Layout, g: Array) -> tuple[Array, None]:
+    place = layout.place
     each = (_taken(g, place[:, i]).astype(jnp.float32) for i in range(place.shape[1]))
-    return functools.reduce(jnp.add, each).astype(g.dtype), None, None
+    return functools.reduce(jnp.add, each).astype(g.dtype), None
 
 
-_spread_by.defvjp(_spread_fwd, _spread_bwd)
+_spread.defvjp(_spread_fwd, _spread_bwd)
 
 
-def _collect(
+def _added_up(
     rows: Float[Array, "R D"], weights: Float[Array, "n k"], layout: Layout
 ) -> Float[Array, "n D"]:
     """Returns the weighted sum, for each token, of what stands at the places of its choices."""
-    return _collect_by(rows, weights, *layout)
-
-
-def _added_up(rows: Array, weights: Array, place: Array, choice: Array) -> Array:
-    del choice
     each = (
-        _taken(rows, place[:, i]).astype(jnp.float32) * weights[:, i, None]
-        for i in range(place.shape[1])
+        _taken(rows, layout.place[:, i]).astype(jnp.float32) * weights[:, i, None]
+        for i in range(weights.shape[1])
     )
     return functools.reduce(jnp.add, each).astype(rows.dtype)
 
 
-_collect_by = jax.custom_vjp(_added_up)
+_collect = jax.custom_vjp(_added_up)
 
 
 def _collect_fwd(
-    rows: Array, weights: Array, place: Array, choice: Array
-) -> tuple[Array, tuple[Array, ...]]:
-    y = _added_up(rows, weights, place, choice)
-    return y, (rows, weights, place, choice)
+    rows: Array, weights: Array, layout: Layout
+) -> tuple[Array, tuple[Array, Array, Layout]]:
+    return _added_up(rows, weights, layout), (rows, weights, layout)
 
 
 def _collect_bwd(
-    residuals: tuple[Array, ...], g: Array
-) -> tuple[Array, Array, None, None]:
-    rows, weights, place, choice = residuals
-    g = g.astype(jnp.float32)
-    token = jnp.where(choice < 0, -1, choice // place.shape[1])
+    residuals: tuple[Array, Array, Layout], g: Array
+) -> tuple[Array, Array, None]:
+    rows, weights, layout = residuals
+    g, choice = g.astype(jnp.float32), layout.choice
     weight = jnp.where(choice < 0, 0.0, weights.reshape(-1)[jnp.maximum(choice, 0)])
-    d_rows = _taken(g, token) * weight[:, None]
+    d_rows = _taken(g, _tokens(layout)) * weight[:, None]
     d_weights = [
-        jnp.sum(g * _taken(rows, place[:, i]).astype(jnp.float32), -1)
-        for i in range(place.shape[1])
+        jnp.sum(g * _taken(rows, layout.place[:, i]).astype(jnp.float32), -1)
+        for i in range(weights.shape[1])
     ]
-    return d_rows.astype(rows.dtype), jnp.stack(d_weights, -1), None, None
+    return d_rows.astype(rows.dtype), jnp.stack(d_weights, -1), None
 
 
-_collect_by.defvjp(_collect_fwd, _collect_bwd)
+_collect.defvjp(_collect_fwd, _collect_bwd)
 
 
 def _numbers(counts: Int[Array, "devices e"], rows: int) -> Int[Array, " rows"]:
@@ -332,19 +334,15 @@ class _Journey(NamedTuple):
     platform: str
 
 
-def _moved(
-    journey: _Journey, x: Array, sent: Array, received: Array, me: Array
-) -> Array:
+def _moved(journey: _Journey, x: Array, sent: Array, me: Array) -> Array:
     """Returns the rows that the others have for this device, one device's behind another's.
 
     Args:
         journey: the static part.
         x: this device's rows, those for device 0 first.
         sent: (devices, devices): rows from one device (first index) to another.
-        received: its transpose.
         me: this device's number.
     """
-    del received
     first = lambda sizes: jnp.cumsum(sizes) - sizes  # of each part, where it begins
     starts, lengths = first(sent[me]), sent[me]
     arriving = sent[:, me]
@@ -372,17 +370,17 @@ _travel = jax.custom_vjp(_moved, nondiff_argnums=(0,))
 
 
 def _travel_fwd(
-    journey: _Journey, x: Array, sent: Array, received: Array, me: Array
+    journey: _Journey, x: Array, sent: Array, me: Array
 ) -> tuple[Array, tuple[Array, ...]]:
-    return _moved(journey, x, sent, received, me), (sent, received, me)
+    return _moved(journey, x, sent, me), (sent, me)
 
 
 def _travel_bwd(
     journey: _Journey, residuals: tuple[Array, ...], g: Array
 ) -> tuple[Any, ...]:
-    sent, received, me = residuals
+    sent, me = residuals
     back = journey._replace(rows=journey.out, out=journey.rows)
-    return _moved(back, g, received, sent, me), None, None, None
+    return _moved(back, g, sent.T, me), None, None
 
 
 _travel.defvjp(_travel_fwd, _travel_bwd)

@@ -54,12 +54,8 @@ def grouped_linear(
         tile: see `tiles_of`.
     """
     settings = current()
-    if sizes is None:
-        apart = x.reshape(w.shape[0], -1, x.shape[-1])
-        y: Any = _even(settings.compute, settings.activations, apart, w)
-        return checkpoint_name(y.reshape(x.shape[0], -1), "grouped")
-    kernel = (settings.platform, tile)
-    y = _uneven(kernel, settings.compute, settings.activations, x, w, sizes)
+    kernel = ("even" if sizes is None else settings.platform, tile)
+    y: Any = _grouped(kernel, settings.compute, settings.activations, x, w, sizes)
     return checkpoint_name(y, "grouped")
 
 
@@ -68,66 +64,46 @@ def _batched(a: Array, b: Array, contracting: tuple[int, int]) -> Array:
     return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _even(compute: Any, out: Any, x: Array, w: Array) -> Array:
-    return _batched(x.astype(compute), w.astype(compute), (2, 1)).astype(out)
-
-
-def _even_fwd(
-    compute: Any, out: Any, x: Array, w: Array
-) -> tuple[Array, tuple[Array, ...]]:
-    xc, wc = x.astype(compute), w.astype(compute)
-    y = _batched(xc, wc, (2, 1)).astype(out)
-    return y, (xc, wc, jnp.zeros((0,), x.dtype))
-
-
-def _even_bwd(
-    compute: Any, out: Any, residuals: tuple[Array, ...], g: Array
-) -> tuple[Array, Array]:
-    x, w, like = residuals
-    g = g.astype(compute)
-    return _batched(g, w, (2, 2)).astype(like.dtype), _batched(x, g, (1, 1))
-
-
-_even.defvjp(_even_fwd, _even_bwd)
-
-
 Kernel = tuple[str, int]
-"""The platform, and the tile."""
+"""The platform, or `even` where all groups have the same number of rows; and the tile."""
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _uneven(
-    kernel: Kernel, compute: Any, out: Any, x: Array, w: Array, sizes: Array
+def _grouped(
+    kernel: Kernel, compute: Any, out: Any, x: Array, w: Array, sizes: Array | None
 ) -> Array:
     return _forward(kernel, x.astype(compute), w.astype(compute), sizes).astype(out)
 
 
-def _uneven_fwd(
-    kernel: Kernel, compute: Any, out: Any, x: Array, w: Array, sizes: Array
-) -> tuple[Array, tuple[Array, ...]]:
+def _grouped_fwd(
+    kernel: Kernel, compute: Any, out: Any, x: Array, w: Array, sizes: Array | None
+) -> tuple[Array, tuple[Any, ...]]:
     xc, wc = x.astype(compute), w.astype(compute)
     y = _forward(kernel, xc, wc, sizes).astype(out)
     return y, (xc, wc, sizes, jnp.zeros((0,), x.dtype))
 
 
-def _uneven_bwd(
-    kernel: Kernel, compute: Any, out: Any, residuals: tuple[Array, ...], g: Array
+def _grouped_bwd(
+    kernel: Kernel, compute: Any, out: Any, residuals: tuple[Any, ...], g: Array
 ) -> tuple[Array, Array, None]:
     x, w, sizes, like = residuals
     g = g.astype(compute)
     dx = _forward(kernel, g, w, sizes, transposed=True)
-    return dx.astype(like.dtype), _weight_gradient(kernel, x, g, sizes), None
+    dw = _weight_gradient(kernel, x, g, sizes, w.shape[0])
+    return dx.astype(like.dtype), dw, None
 
 
-_uneven.defvjp(_uneven_fwd, _uneven_bwd)
+_grouped.defvjp(_grouped_fwd, _grouped_bwd)
 
 
 def _forward(
-    kernel: Kernel, x: Array, w: Array, sizes: Array, *, transposed: bool = False
+    kernel: Kernel, x: Array, w: Array, sizes: Any, *, transposed: bool = False
 ) -> Array:
     """Returns x w, or x w^T, group by group, in float32."""
     platform, tile = kernel
+    if platform == "even":
+        apart = x.reshape(w.shape[0], -1, x.shape[-1])
+        return _batched(apart, w, (2, 2 if transposed else 1)).reshape(x.shape[0], -1)
     if platform == "cpu":
         return _tiles_forward(tile, x, w, sizes, transposed)
     if platform == "tpu":
@@ -140,10 +116,14 @@ def _forward(
     return jax.lax.ragged_dot(x, w, sizes, preferred_element_type=jnp.float32)
 
 
-def _weight_gradient(kernel: Kernel, x: Array, g: Array, sizes: Array) -> Array:
+def _weight_gradient(
+    kernel: Kernel, x: Array, g: Array, sizes: Any, groups: int
+) -> Array:
     """Returns x^T g of each group, in float32."""
     platform, tile = kernel
-    groups = sizes.shape[0]
+    if platform == "even":
+        apart = [a.reshape(groups, -1, a.shape[-1]) for a in (x, g)]
+        return _batched(apart[0], apart[1], (1, 1))
     if platform == "cpu":
         return _tiles_weight_gradient(tile, x, g, sizes)
     if platform == "tpu":

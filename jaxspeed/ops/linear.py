@@ -10,7 +10,7 @@ float32 whatever the compute dtype.
 import functools
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -62,12 +62,9 @@ def linear(
         y = y if bias is None else y + bias.reshape(1, -1)
         return y.astype(settings.activations).reshape(*lead, *outer)
     matrix = w.reshape(math.prod(inner), math.prod(outer))
-    if bias is None:
-        y = _product(settings.compute, settings.activations, flat, matrix)
-    else:
-        y = _affine(
-            settings.compute, settings.activations, flat, matrix, bias.reshape(-1)
-        )
+    plan = _Plan(settings.compute, settings.activations, (False,))
+    given = [(matrix, None if bias is None else bias.reshape(-1))]
+    (y,) = _products(plan, flat, given)
     return y.reshape(*lead, *outer)
 
 
@@ -95,8 +92,9 @@ def linears(
     plan = _Plan(
         settings.compute,
         settings.activations,
-        settings.tensor,
-        tuple(w.shape[1] % settings.tensor == 0 for w in arrays),
+        tuple(
+            settings.tensor > 1 and w.shape[1] % settings.tensor == 0 for w in arrays
+        ),
     )
     given = [
         (w.reshape(inner, -1), None if b is None else b.reshape(-1))
@@ -118,7 +116,6 @@ class _Plan(NamedTuple):
 
     compute: Any
     out: Any
-    tensor: int
     split: tuple[bool, ...]
     """Whether `tensor` splits the columns of each."""
 
@@ -188,58 +185,16 @@ def pack(x: Array) -> Array:
     return x
 
 
+def rows_product(kept: Array) -> Callable[[Array, Array], Array]:
+    """Returns the product a^T b for a derivative, where the ambient settings are no longer in force: that x is packed says it is a CPU."""
+    if kept.dtype == jnp.uint16:
+        return dot_rows
+    return functools.partial(dot, contracting=(0, 0))
+
+
 def unpack(x: Array, dtype: Any) -> Array:
     """Undoes `pack`."""
     return jax.lax.bitcast_convert_type(x, dtype) if x.dtype == jnp.uint16 else x
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _product(compute: Any, out: Any, x: Array, w: Array) -> Array:
-    return dot(x.astype(compute), w.astype(compute), (1, 0)).astype(out)
-
-
-def _product_fwd(
-    compute: Any, out: Any, x: Array, w: Array
-) -> tuple[Array, tuple[Array, ...]]:
-    xc = x.astype(compute)
-    wc = w.astype(compute)
-    return dot(xc, wc, (1, 0)).astype(out), (pack(xc), wc, jnp.zeros((0,), x.dtype))
-
-
-def _product_bwd(
-    compute: Any, out: Any, residuals: tuple[Array, ...], g: Array
-) -> tuple[Array, Array]:
-    kept, w, like = residuals
-    g, x = g.astype(compute), unpack(kept, compute)
-    # The ambient settings are no longer in force here; that x is packed says it is a CPU.
-    dw = dot_rows(x, g) if kept.dtype == jnp.uint16 else dot(x, g, (0, 0))
-    return dot(g, w, (1, 1)).astype(like.dtype), dw
-
-
-_product.defvjp(_product_fwd, _product_bwd)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _affine(compute: Any, out: Any, x: Array, w: Array, bias: Array) -> Array:
-    return (dot(x.astype(compute), w.astype(compute), (1, 0)) + bias[None]).astype(out)
-
-
-def _affine_fwd(
-    compute: Any, out: Any, x: Array, w: Array, bias: Array
-) -> tuple[Array, tuple[Array, ...]]:
-    y, residuals = _product_fwd(compute, jnp.float32, x, w)
-    return (y + bias[None]).astype(out), residuals
-
-
-def _affine_bwd(
-    compute: Any, out: Any, residuals: tuple[Array, ...], g: Array
-) -> tuple[Array, Array, Array]:
-    dx, dw = _product_bwd(compute, out, residuals, g)
-    # Sum what the products read: on CPU a second, float32 copy of g costs a pass over memory.
-    return dx, dw, jnp.sum(g.astype(compute), 0, dtype=jnp.float32)
-
-
-_affine.defvjp(_affine_fwd, _affine_bwd)
 
 
 Given = list[tuple[Array, Array | None]]
@@ -268,20 +223,15 @@ def _products_bwd(
 ) -> tuple[Array, Given]:
     kept, matrices, like = residuals
     gs, x = [g.astype(plan.compute) for g in gradients], unpack(kept, plan.compute)
-    rows = (
-        dot_rows
-        if kept.dtype == jnp.uint16
-        else functools.partial(dot, contracting=(0, 0))
-    )
+    rows = rows_product(kept)
     given = [
+        # Sum what the products read: on CPU a second, float32 copy of g costs a pass over memory.
         (rows(x, g), None if b is None else jnp.sum(g, 0, dtype=jnp.float32))
         for g, (_, b) in zip(gs, matrices, strict=True)
     ]
     parts = list(zip(gs, [w for w, _ in matrices], plan.split, strict=True))
-    whole = [
-        dot(g, w, (1, 1)) for g, w, split in parts if not (split and plan.tensor > 1)
-    ]
-    halves = [(g, w) for g, w, split in parts if split and plan.tensor > 1]
+    whole = [dot(g, w, (1, 1)) for g, w, split in parts if not split]
+    halves = [(g, w) for g, w, split in parts if split]
     if halves:
         whole.append(_reduced_once(halves, like.dtype))
     return functools.reduce(jnp.add, whole).astype(like.dtype), given
@@ -340,11 +290,7 @@ def _adapted_bwd(
     compute: Any, out: Any, scale: float, residuals: tuple[Array, ...], g: Array
 ) -> tuple[Array | None, ...]:
     into, low, w, a, b, like = residuals
-    rows = (
-        dot_rows
-        if into.dtype == jnp.uint16
-        else functools.partial(dot, contracting=(0, 0))
-    )
+    rows = rows_product(into)
     g, into, low = g.astype(compute), unpack(into, compute), unpack(low, compute)
     d_low = (scale * dot(g, b, (1, 1))).astype(compute)
     dx, d_into = dot(g, w, (1, 1)), dot(d_low, a, (1, 1))

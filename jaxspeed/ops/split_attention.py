@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxspeed.ambient import current
-from jaxspeed.config import config_error
+from jaxspeed.config import config_error, divisors
 from jaxspeed.context import AXIS, places_on
 from jaxspeed.ops.cpu_attention import HIDDEN_SCORE
 from jaxspeed.remat import NORMALISER_NAME
@@ -53,8 +53,7 @@ def exchange(
     """
     size, N, K = current().context, q.shape[2], k.shape[2]
     if N % size:
-        legal = [n for n in range(1, N + 1) if N % n == 0]
-        low = max(n for n in legal if n <= size)
+        low = max(n for n in divisors(N) if n <= size)
         raise config_error(
             "mesh.context",
             size,
