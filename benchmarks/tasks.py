@@ -59,7 +59,7 @@ JOBS = {
     "imdb": Job("bert_imdb", ("accuracy", "f1"), MINILM),
     "squad": Job("bert_squad", ("exact_match", "f1"), MINILM),
     "translate": Job(
-        "t5_translate",
+        "marian_translate",
         ("bleu", "chrf"),
         path="tfds:jaxspeed_help_en_de",
         sources=("en",),
@@ -71,7 +71,7 @@ JOBS = {
         ),
     ),
     "summarize": Job(
-        "t5_summarize",
+        "bart_summarize",
         ("rouge1", "rouge2", "rougeL"),
         path="tfds:jaxspeed_package_summaries",
         sources=("document",),
