@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One-line summaries of Debian's package descriptions, by a small BART (6M parameters) from scratch.
+"""One-line summaries of Debian's package descriptions, by a small BART (6.6M parameters) from scratch.
 
 Once:      jaxspeed data jaxspeed_package_summaries    (59,000 pairs, docs/data.md)
 Command:   python train.py configs/bart_summarize.py
