@@ -4,7 +4,7 @@
 Once:      jaxspeed data jaxspeed_package_summaries    (59,000 pairs, docs/data.md)
 Command:   python train.py configs/bart_summarize.py
 Hardware:  two CPU cores: 29 minutes beside other work
-Expect:    ROUGE-1 27.5 on held-out packages, a little below a description's first 8 words (29.0): give it more --steps
+Expect:    ROUGE-1 27.5 on held-out packages, below a description's first 8 words (29.0); its loss still falls
 Next:      --init BART_FOLDER (with its sizes by --model...), --data.path mine.jsonl --task.input_fields document
 """
 
