@@ -22,6 +22,7 @@ from jaxspeed.config_moe import MoeConfig
 
 if TYPE_CHECKING:
     from jaxspeed.auxiliary import Auxiliary
+    from jaxspeed.pipeline import Pipe
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,10 @@ class Ambient:
     """Devices that share a sequence, on the mesh axis of that name."""
     context_by: str = "ulysses"
     """How attention reads such a sequence: ulysses or ring."""
+    stage: int = 1
+    """Devices that share the layers, on the mesh axis of that name."""
+    pipe: "Pipe | None" = None
+    """Where the layers are cut, while one stage of them is traced; None: all are run, one stage's behind another's."""
     expert: int = 1
     """Devices that share the experts, on the mesh axis of that name."""
     moe: MoeConfig = MoeConfig()

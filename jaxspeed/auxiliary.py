@@ -27,8 +27,8 @@ class Auxiliary:
     """The loss of each row, summed over layers; None: nothing adds any."""
     measured: dict[str, Sums] = field(default_factory=dict)
     """By name, for the metrics."""
-    taken: bool = False
-    """Whether a loss function has taken account of it."""
+    added: Float[Array, ""] | None = None
+    """What a loss function has added of it to the loss; None: it has not taken account of it."""
 
     def add(self, rows: Float[Array, " B"]) -> None:
         """Adds a loss for each row."""
@@ -66,7 +66,6 @@ def with_auxiliary(sums: Sums, targets: Float[Array, " B"]) -> Sums:
     auxiliary = current().auxiliary
     if auxiliary is None or auxiliary.rows is None:
         return sums
-    auxiliary.taken = True
-    added = jnp.sum(auxiliary.rows * targets)
+    auxiliary.added = added = jnp.sum(auxiliary.rows * targets)
     auxiliary.measure("auxiliary_loss", added, sums.count)
     return Sums(sums.total + added, sums.count)

@@ -38,7 +38,7 @@ from jaxspeed.config_task import (
 
 M = TypeVar("M")
 
-MESH_AXES = ("data", "fsdp", "expert", "context", "tensor")
+MESH_AXES = ("stage", "data", "fsdp", "expert", "context", "tensor")
 """Mesh axes, outermost (slowest link) first."""
 
 BATCH_AXES = ("data", "fsdp", "expert")
@@ -55,6 +55,8 @@ TOKEN_AXES = ("data", "fsdp", "expert", "context")
 class MeshConfig:
     """How the devices are arranged. The sizes multiply to the number of devices."""
 
+    stage: int = 1
+    """Stages of the layers (pipeline parallelism): each device has a part of them, and micro-batches go from one to the next. DeepSpeed: pipeline.stages."""
     data: int = 1
     """Replicas of the (possibly sharded) model state; the batch is split over them. With fsdp > 1 this is hybrid sharding (MiCS)."""
     fsdp: int = -1
@@ -562,6 +564,10 @@ class RunConfig(Generic[M]):
     """Low-rank adapters in place of the model's own parameters."""
     dtype: DTypeConfig = field(default_factory=DTypeConfig)
     """Precision."""
+    pipeline: Literal["1f1b", "gpipe"] = "1f1b"
+    """Order of the work where mesh.stage splits the layers. 1f1b keeps the inputs of at most 2 stages - 1 micro-batches, gpipe those of all."""
+    pipeline_chunks: int = 1
+    """Parts of the layers that each stage has (interleaved schedule): the idle share of m micro-batches is (stages - 1) / (chunks m + stages - 1)."""
     moe: MoeConfig = field(default_factory=MoeConfig)
     """Experts: what is dropped, drawn and added to the loss."""
     loss_scale: LossScaleConfig = field(default_factory=LossScaleConfig)
@@ -659,6 +665,37 @@ class RunConfig(Generic[M]):
             )
         self._validate_task()
         self._validate_experts(sizes["expert"])
+        batch = self._batch_shape(sizes)
+        if sizes["stage"] > batch.accumulate:
+            raise config_error(
+                "accumulate",
+                batch.accumulate,
+                f"mesh.stage={sizes['stage']} stages would wait for fewer micro-batches than there are of them",
+                f"give --accumulate {sizes['stage']} or more (4 x the stages leaves a fifth of the time idle), or a smaller --micro_batch_size",
+            )
+        self._validate_chunks(sizes["stage"], batch.accumulate)
+        return batch
+
+    def _validate_chunks(self, stages: int, micros: int) -> None:
+        positive("pipeline_chunks", self.pipeline_chunks)
+        if self.pipeline_chunks == 1:
+            return
+        if stages == 1:
+            raise config_error(
+                "pipeline_chunks",
+                self.pipeline_chunks,
+                "it has no effect without stages",
+                "remove it, or set mesh.stage",
+            )
+        if micros % stages:
+            raise config_error(
+                "accumulate",
+                micros,
+                f"with pipeline_chunks={self.pipeline_chunks} micro-batches go round in groups of mesh.stage={stages}",
+                f"give --accumulate {micros // stages * stages} or {(micros // stages + 1) * stages}",
+            )
+
+    def _batch_shape(self, sizes: Mapping[str, int]) -> BatchShape:
         return resolve_batch(
             self.global_batch_size,
             self.micro_batch_size,

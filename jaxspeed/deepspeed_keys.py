@@ -490,13 +490,15 @@ PARALLELISM: dict[str, Node] = {
     "seq_parallel_communication_data_type": unneeded(
         SHORT_DTYPE, "goes with sequence_parallel_size"
     ),
-    "pipeline": must_be_off(
-        "layers are not split into stages; use stages 1, with ZeRO stage 3 or "
-        "tensor_parallel",
-        "stages partition seed_layers activation_checkpoint_interval "
-        "pipe_partitioned grad_partitioned use_reentrant",
-        switch="stages",
-        off=("auto", 0, 1),
+    "pipeline": section(
+        {
+            "stages": maps("mesh.stage", COUNT, off=("auto", 0, 1)),
+            "partition seed_layers activation_checkpoint_interval pipe_partitioned "
+            "grad_partitioned use_reentrant": unneeded(
+                anything,
+                "stages have equal numbers of layers, keep their inputs and compute all else again",
+            ),
+        }
     ),
     "expert_parallel": section(
         {

@@ -10,7 +10,6 @@ The one design decision: what cannot be determined is an error, or is shown as u
 """
 
 import dataclasses
-import functools
 import io
 import json
 import math
@@ -23,12 +22,17 @@ from typing import Any
 import jax
 import numpy as np
 
-
-KINDS = tuple(
-    "all-gather reduce-scatter all-reduce all-to-all ragged-all-to-all "
-    "collective-permute collective-broadcast".split()
+from jaxspeed.hlo import (
+    KINDS,
+    Computation,
+    Instruction,
+    LedgerError,
+    arrays_of,
+    integers,
+    parse_module,
+    size_of,
 )
-"""Every kind a ledger can hold, in the order of its table."""
+
 
 UNKNOWN_AXES = ("?",)
 """The axes of a collective whose device groups are no product of whole mesh axes."""
@@ -38,10 +42,6 @@ Axes = Mapping[str, int]
 
 AxisQuery = str | tuple[str, ...] | None
 """An axis name: every entry that spans it. A tuple: entries that span exactly these."""
-
-
-class LedgerError(ValueError):
-    """A program whose collectives cannot be counted: says which instruction and why."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,6 +205,29 @@ def read_ledger(
     return _read(text, axes, unknown_trips)
 
 
+def read_cycles(
+    program: jax.stages.Compiled | str, *, unknown_trips: int | None = None
+) -> int:
+    """Returns the clock cycles that a TPU's compiler expects of a program, loops multiplied out.
+
+    The sum of what it wrote beside each operation (`estimated_cycles`): a comparison of two programs
+    for one chip, no step time. Collectives and kernels written by hand (Pallas) carry none. Divided by
+    the chip's `clock_hz`: seconds.
+
+    Args:
+        program: a program compiled for a TPU, or its optimised HLO text.
+        unknown_trips: as in `read_ledger`.
+
+    Raises:
+        LedgerError: the program carries no estimates, or a loop cannot be counted.
+    """
+    text = program if isinstance(program, str) else program.as_text() or ""
+    if not _CYCLES.search(text):
+        raise LedgerError("no estimated_cycles in it: was it compiled for a TPU?")
+    entry, _, _ = parse_module(text)
+    return _cycles(entry, unknown_trips, {})
+
+
 def read_partitioned(
     lowered: jax.stages.Lowered,
     axes: Axes,
@@ -248,7 +271,7 @@ def _human(size: int) -> str:
 
 
 def _read(text: str, axes: Axes, unknown_trips: int | None) -> Ledger:
-    entry, devices, collectives = _parse_module(text)
+    entry, devices, collectives = parse_module(text)
     if devices not in (None, math.prod(axes.values())):
         raise LedgerError(
             f"axes={dict(axes)!r} are {math.prod(axes.values())} devices but the program "
@@ -293,10 +316,10 @@ def _varying_axes(groups: Iterable[Sequence[int]], axes: Axes) -> tuple[str, ...
 def _parse_groups(attributes: str, devices: int) -> list[tuple[int, ...]] | None:
     """Returns the device groups of an instruction; None if their form is not known."""
     if match := _GROUP_LIST.search(attributes):
-        groups = [_integers(group) for group in _BRACES.findall(match[1])]
+        groups = [integers(group) for group in _BRACES.findall(match[1])]
         return [g for g in groups if g] or [tuple(range(devices))]
     if match := _GROUP_IOTA.search(attributes):
-        ids = _iota(match[2], match[3]).reshape(_integers(match[1]))
+        ids = _iota(match[2], match[3]).reshape(integers(match[1]))
         return [tuple(group) for group in ids.tolist()]
     if match := _GROUP_MESH.search(attributes):
         sizes = {name: int(size) for name, size in _AXIS.findall(match[1])}
@@ -309,183 +332,16 @@ def _parse_groups(attributes: str, devices: int) -> list[tuple[int, ...]] | None
 
 
 def _iota(dims: str, order: str | None) -> np.ndarray:
-    ids = np.arange(math.prod(_integers(dims))).reshape(_integers(dims))
-    return ids.transpose(_integers(order)) if order else ids
-
-
-def _integers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(",") if part.strip())
-
-
-# HLO text -> instructions
-
-
-@dataclass(frozen=True, slots=True)
-class _Instruction:
-    name: str
-    shape: str
-    opcode: str
-    operands: tuple[str, ...]
-    literal: str
-    """What stands between the parentheses: the operands, or a constant's value."""
-    attributes: str
-    is_root: bool
-
-    def attribute(self, name: str) -> str:
-        if match := re.search(rf"\b{name}=%?([\w.\-]+)", self.attributes):
-            return match[1]
-        raise LedgerError(f"instruction {self.name} has no {name}")
-
-    @property
-    def called(self) -> list[str]:
-        """Names of the computations that it calls."""
-        return re.findall(r"[\w.\-]+", " ".join(_CALLED.findall(self.attributes)))
-
-    @property
-    def kind(self) -> str | None:
-        """The kind of a collective or of its start; None for all others."""
-        kind = self.opcode.removesuffix("-start")
-        if kind == "send" and "is_host_transfer=true" not in self.attributes:
-            return "collective-permute"
-        if kind in KINDS:
-            return kind
-        if _COLLECTIVE.match(kind) and not kind.endswith("-done"):
-            raise LedgerError(f"instruction {self.name}: no rule for collective {kind}")
-        return None
-
-    @property
-    def is_async(self) -> bool:
-        """Whether it starts something. GPU marks a start that its done follows at once."""
-        return self.opcode.endswith("-start") and 'is_sync":true' not in self.attributes
-
-
-@dataclass
-class _Computation:
-    name: str
-    instructions: dict[str, _Instruction]
-    module: dict[str, "_Computation"]
-    """All computations of the module, by name."""
-    caller: tuple["_Computation", _Instruction] | None = None
-    """The first one."""
-
-    def __getitem__(self, name: str) -> _Instruction:
-        if name not in self.instructions:
-            raise LedgerError(f"{name} is not defined in computation {self.name}")
-        return self.instructions[name]
-
-    def called(self, i: _Instruction) -> list["_Computation"]:
-        return [self.module[name] for name in i.called if name in self.module]
-
-    @functools.cached_property
-    def root(self) -> _Instruction:
-        return next(i for i in self.instructions.values() if i.is_root)
-
-    def parameter(self, number: int) -> _Instruction:
-        found = (i for i in self.instructions.values() if i.opcode == "parameter")
-        return next(i for i in found if int(i.literal) == number)
-
-    @functools.cached_property
-    def readers(self) -> dict[str, list[_Instruction]]:
-        found: dict[str, list[_Instruction]] = {n: [] for n in self.instructions}
-        for instruction in self.instructions.values():
-            for operand in dict.fromkeys(instruction.operands):
-                found.setdefault(operand, []).append(instruction)
-        return found
-
-
-_HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\(.*\) -> .* )?\{$")
-_ASSIGNMENT = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
-_END = re.compile(r"\}(\s*$|, execution_thread=)")  # others end a kernel's metadata
-_COMMENT = re.compile(r"/\*.*?\*/")
-_ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,<= ]*)\]")
-_BITS = re.compile(r"(?:bf|[sufc])(\d+)")
-_COLLECTIVE = re.compile(r"all-|ragged-all|collective-|reduce-scatter")
-_CALLED = re.compile(
-    r"\b(?:calls|to_apply|body|condition|called_computations|branch_computations"
-    r"|true_computation|false_computation)=(\{[^{}]*\}|%?[\w.\-]+)"
-)
-
-
-def _parse_module(text: str) -> tuple[_Computation, int | None, set[str]]:
-    """Returns the entry, the number of devices, and the names of all collectives."""
-    computations: dict[str, _Computation] = {}
-    entry, devices, current = None, None, None
-    for line in text.splitlines():
-        if line.startswith("HloModule"):
-            counts = re.findall(r"\b(?:num_partitions|replica_count)=(\d+)", line)
-            devices = math.prod(map(int, counts)) if counts else None
-        elif current is None:
-            if match := _HEADER.match(line.rstrip()):
-                current = _Computation(match[2], {}, computations)
-                computations[current.name] = current
-                entry = current if match[1] else entry
-            elif _ASSIGNMENT.match(line):
-                raise LedgerError(f"instruction outside a computation: {line[:200]!r}")
-        elif _END.match(line):
-            current = None
-        elif match := _ASSIGNMENT.match(line):
-            instruction = _parse_instruction(match[2], match[3], bool(match[1]))
-            current.instructions[instruction.name] = instruction
-        elif _COLLECTIVE.search(line):
-            raise LedgerError(f"line not understood: {line[:200]!r}")
-    if entry is None or current is not None:
-        raise LedgerError("no whole ENTRY computation; give the HLO text of a module")
-    every = [(c, i) for c in computations.values() for i in c.instructions.values()]
-    for computation, i in every:
-        for called in computation.called(i):
-            called.caller = called.caller or (computation, i)
-    return entry, devices, {i.name for _, i in every if i.kind}
-
-
-def _parse_instruction(name: str, text: str, is_root: bool) -> _Instruction:
-    text = _COMMENT.sub("", text)
-    cut = _closing(text, 0) + 1 if text.startswith("(") else text.find(" ")
-    shape, rest = text[:cut], text[cut:].lstrip()
-    opcode = rest.partition("(")[0]
-    if not re.fullmatch(r"[\w\-]+", opcode):
-        raise LedgerError(f"instruction {name}: no opcode in {text[:200]!r}")
-    end = _closing(rest, len(opcode))
-    literal = rest[len(opcode) + 1 : end]
-    operands: list[str] = []
-    if opcode not in ("constant", "parameter", "iota"):
-        # A name may follow its shape, whose commas stand inside brackets or braces.
-        plain = re.sub(r"\[[^\]]*\]|\{[^{}]*\}", "", literal)
-        words = (part.split() for part in plain.split(","))
-        operands = [word[-1].lstrip("%").rstrip(")") for word in words if word]
-    what = (name, shape, opcode, tuple(operands), literal, rest[end + 1 :], is_root)
-    return _Instruction(*what)
-
-
-def _closing(text: str, start: int) -> int:
-    """Returns the index of the parenthesis that closes the one at `start`."""
-    depth = 0
-    for match in re.compile(r'[()]|"(?:[^"\\]|\\.)*"').finditer(text, start):
-        depth += {"(": 1, ")": -1}.get(match[0], 0)
-        if depth == 0:
-            return match.start()
-    raise LedgerError(f"unbalanced parentheses in {text[:200]!r}")
-
-
-def _arrays(shape: str) -> list[tuple[str, int]]:
-    """Returns (dtype, elements) of each array in a shape; a tuple shape has several."""
-    return [
-        (dtype, math.prod(_integers(dims.replace("<=", ""))))
-        for dtype, dims in _ARRAY.findall(shape)
-        if dtype not in ("token", "opaque")
-    ]
-
-
-def _size(dtype: str, elements: int) -> int:
-    """Returns the bytes of an array."""
-    if (match := _BITS.match(dtype.replace("pred", "u8"))) is None:
-        raise LedgerError(f"dtype {dtype!r} of a collective is unknown")
-    return math.ceil(elements * int(match[1]) / 8)
+    ids = np.arange(math.prod(integers(dims))).reshape(integers(dims))
+    return ids.transpose(integers(order)) if order else ids
 
 
 # Instructions -> collectives
 
 
 _OP_NAME = re.compile(r'op_name="((?:[^"\\]|\\.)*)"')
+_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_CALLERS = frozenset({"while", "conditional", "call", "async-start"})
 _CHAIN = re.compile(r'\bchain_id="(\d+)"')
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
@@ -501,7 +357,8 @@ class _Found:
         return self.collective.wire_bytes * self.collective.trips
 
     def replace(self, **changes: Any) -> "_Found":
-        return _Found(dataclasses.replace(self.collective, **changes), self.chain)
+        collective = dataclasses.replace(self.collective, **changes)
+        return dataclasses.replace(self, collective=collective)
 
 
 class _Reader:
@@ -513,7 +370,7 @@ class _Reader:
         self.parsed: set[str] = set()
         self.done: dict[str, list[_Found]] = {}
 
-    def collect(self, computation: _Computation) -> list[_Found]:
+    def collect(self, computation: Computation) -> list[_Found]:
         """Returns the collectives of one run of a computation."""
         if computation.name not in self.done:
             found: list[_Found] = []
@@ -525,12 +382,13 @@ class _Reader:
                         if (step := (new.chain, c.name, c.elements)) in steps:
                             continue
                         steps.add(step)
-                        new = _Found(new.replace(is_async=True).collective)
+                        new = new.replace(is_async=True)
+                        new = dataclasses.replace(new, chain=None)
                     found.append(new)
             self.done[computation.name] = found
         return self.done[computation.name]
 
-    def of_instruction(self, home: _Computation, i: _Instruction) -> list[_Found]:
+    def of_instruction(self, home: Computation, i: Instruction) -> list[_Found]:
         if i.kind is not None:
             return self.parse(i.kind, home, i)
         if i.opcode.endswith(("-done", "-update")):
@@ -549,23 +407,16 @@ class _Reader:
             found = [_as_reduce_scatter(new) for new in found]
         return found
 
-    def repeat(self, home: _Computation, loop: _Instruction) -> list[_Found]:
+    def repeat(self, home: Computation, loop: Instruction) -> list[_Found]:
         """Returns the collectives of a loop; its condition runs once more than its body."""
-        match = _TRIPS.search(loop.attributes)
-        trips = int(match[1]) if match else _count_trips(home, loop)
-        trips = self.unknown_trips if trips is None else trips
-        if trips is None:
-            raise LedgerError(
-                f"loop {loop.name} holds collectives but its trip count depends on data; "
-                "give unknown_trips"
-            )
+        trips = _trips_of(home, loop, self.unknown_trips)
         return [
             new.replace(trips=new.collective.trips * n)
             for part, n in (("condition", trips + 1), ("body", trips))
             for new in self.collect(home.module[loop.attribute(part)])
         ]
 
-    def parse(self, kind: str, home: _Computation, i: _Instruction) -> list[_Found]:
+    def parse(self, kind: str, home: Computation, i: Instruction) -> list[_Found]:
         """Returns an entry per dtype (and per `sliced`) of a collective's operands."""
         self.parsed.add(i.name)
         axes, n = self.group(kind, i)
@@ -575,7 +426,7 @@ class _Reader:
         operands = i.operands[:1] if kind == "ragged-all-to-all" else i.operands
         for position, operand in enumerate(operands):
             sliced = kind == "all-reduce" and _is_sliced(home, i, position)
-            for dtype, count in _arrays(home[operand].shape):
+            for dtype, count in arrays_of(home[operand].shape):
                 sums[dtype, sliced] = sums.get((dtype, sliced), 0) + count
         if not sums:
             raise LedgerError(f"collective {i.name} has no array operands")
@@ -589,8 +440,8 @@ class _Reader:
                 group_size=n,
                 dtype=dtype,
                 elements=count,
-                payload_bytes=_size(dtype, count),
-                wire_bytes=_wire_bytes(kind, _size(dtype, count), n),
+                payload_bytes=size_of(dtype, count),
+                wire_bytes=_wire_bytes(kind, size_of(dtype, count), n),
                 trips=1,
                 is_async=i.is_async,
                 sliced=sliced,
@@ -599,11 +450,11 @@ class _Reader:
             found.append(_Found(collective, chain[1] if chain else None))
         return found
 
-    def group(self, kind: str, i: _Instruction) -> tuple[tuple[str, ...], int]:
+    def group(self, kind: str, i: Instruction) -> tuple[tuple[str, ...], int]:
         """Returns the mesh axes of a collective's groups, and their size."""
         if kind == "collective-permute":
             if match := _PAIRS.search(i.attributes):
-                pairs = [_integers(pair) for pair in _BRACES.findall(match[1])]
+                pairs = [integers(pair) for pair in _BRACES.findall(match[1])]
                 names = _varying_axes(pairs, self.axes)
                 return names, math.prod(self.axes[name] for name in names)
         else:
@@ -615,6 +466,38 @@ class _Reader:
         )
 
 
+def _trips_of(home: Computation, loop: Instruction, unknown: int | None) -> int:
+    """Returns how often a loop's body runs."""
+    match = _TRIPS.search(loop.attributes)
+    trips = int(match[1]) if match else _count_trips(home, loop)
+    trips = unknown if trips is None else trips
+    if trips is None:
+        raise LedgerError(
+            f"loop {loop.name} does what is to be counted but its trip count depends on data; "
+            "give unknown_trips"
+        )
+    return trips
+
+
+def _cycles(home: Computation, unknown: int | None, done: dict[str, int]) -> int:
+    """Returns the cycles of one run of a computation, callees first."""
+    if home.name not in done:
+        total = 0
+        for i in home.instructions.values():
+            if match := _CYCLES.search(i.attributes):
+                total += int(match[1])
+            elif i.opcode in _CALLERS:
+                parts = [_cycles(called, unknown, done) for called in home.called(i)]
+                if i.opcode == "conditional":
+                    total += max(parts)
+                elif i.opcode == "while" and any(parts):
+                    total += sum(parts) * _trips_of(home, i, unknown)
+                else:
+                    total += sum(parts)
+        done[home.name] = total
+    return done[home.name]
+
+
 def _wire_bytes(kind: str, payload: int, n: int) -> int:
     """Returns the bytes one device sends, by the ring algorithms."""
     if kind in ("collective-permute", "collective-broadcast"):
@@ -622,7 +505,7 @@ def _wire_bytes(kind: str, payload: int, n: int) -> int:
     return (2 if kind == "all-reduce" else 1) * payload * (n - 1) // n
 
 
-def _is_reduce_scatter_fusion(fusion: _Instruction) -> bool:
+def _is_reduce_scatter_fusion(fusion: Instruction) -> bool:
     """TPU: an all-reduce and its slice in one fusion, which is run as one scatter."""
     return "AllReduceScatterFusion" in fusion.attributes or any(
         name.startswith("all-reduce-scatter") for name in fusion.called
@@ -647,7 +530,7 @@ _PASS_THROUGH = frozenset(
 """What may stand between an all-reduce and the slices taken of it."""
 
 
-def _is_sliced(home: _Computation, i: _Instruction, position: int) -> bool:
+def _is_sliced(home: Computation, i: Instruction, position: int) -> bool:
     """True if all that is read of a result are slices at the device's own place."""
     parts = [i]
     if len(i.operands) > 1:
@@ -656,13 +539,13 @@ def _is_sliced(home: _Computation, i: _Instruction, position: int) -> bool:
     return bool(parts) and all(_only_slices(home, part.name) for part in parts)
 
 
-def _only_slices(home: _Computation, name: str) -> bool:
+def _only_slices(home: Computation, name: str) -> bool:
     if not home.readers[name] or home[name].is_root:
         return False
     return all(_takes_slice(home, reader, name) for reader in home.readers[name])
 
 
-def _takes_slice(home: _Computation, reader: _Instruction, name: str) -> bool:
+def _takes_slice(home: Computation, reader: Instruction, name: str) -> bool:
     if reader.opcode in _PASS_THROUGH:
         return _only_slices(home, reader.name)
     if reader.opcode == "dynamic-slice" and reader.operands[0] == name:
@@ -674,9 +557,9 @@ def _takes_slice(home: _Computation, reader: _Instruction, name: str) -> bool:
     return all(_only_slices(callee, callee.parameter(n).name) for n in places)
 
 
-def _reads_partition(home: _Computation, name: str) -> bool:
+def _reads_partition(home: Computation, name: str) -> bool:
     """True if a scalar is computed from the device's own number, through all callers."""
-    todo: list[tuple[_Computation, str, int | None]] = [(home, name, None)]
+    todo: list[tuple[Computation, str, int | None]] = [(home, name, None)]
     seen = set()
     while todo:
         home, name, slot = todo.pop()
@@ -699,7 +582,7 @@ def _reads_partition(home: _Computation, name: str) -> bool:
     return False
 
 
-def _inside(home: _Computation, i: _Instruction) -> Iterator[_Instruction]:
+def _inside(home: Computation, i: Instruction) -> Iterator[Instruction]:
     if i.opcode != "while":
         for called in home.called(i):
             yield from called.instructions.values()
@@ -722,7 +605,7 @@ _Carry = Callable[[int], int | None]
 """The integer in a slot of a loop's carry, or None where it is no known integer."""
 
 
-def _count_trips(home: _Computation, loop: _Instruction) -> int | None:
+def _count_trips(home: Computation, loop: Instruction) -> int | None:
     """Returns how often a loop runs, by running its counters; None if they need data."""
     body, condition = (home.module[loop.attribute(a)] for a in ("body", "condition"))
     if body.root.opcode != "tuple":
@@ -745,7 +628,7 @@ def _count_trips(home: _Computation, loop: _Instruction) -> int | None:
     return None
 
 
-def _initial(home: _Computation, loop: _Instruction, slot: int) -> int | None:
+def _initial(home: Computation, loop: Instruction, slot: int) -> int | None:
     """Returns the integer that a slot of a loop's carry starts from."""
     first = home[loop.operands[0]]
     if first.opcode != "tuple":
@@ -753,7 +636,7 @@ def _initial(home: _Computation, loop: _Instruction, slot: int) -> int | None:
     return _integer(home, first.operands[slot], _outside(home))
 
 
-def _outside(home: _Computation) -> Sequence[_Carry | int | None]:
+def _outside(home: Computation) -> Sequence[_Carry | int | None]:
     """Returns what a computation is called with, as far as that never changes."""
     if home.caller is None:
         return ()
@@ -773,7 +656,7 @@ def _outside(home: _Computation) -> Sequence[_Carry | int | None]:
 
 
 def _integer(
-    home: _Computation, name: str, arguments: Sequence[_Carry | int | None]
+    home: Computation, name: str, arguments: Sequence[_Carry | int | None]
 ) -> int | None:
     """Returns the value of an integer scalar, or None if it needs data."""
     i = home[name]

@@ -19,6 +19,7 @@ from jaxspeed.ambient import ambient, current
 from jaxspeed.auxiliary import Auxiliary
 from jaxspeed.cache import Cache
 from jaxspeed.config import ConfigError
+from jaxspeed.pipeline import AXIS as STAGE, one_behind_another
 from jaxspeed.remat import checkpoint_layer
 from jaxspeed.sharding import Weight, is_weight, materialise
 from jaxspeed.types import Params, PyTree
@@ -70,8 +71,21 @@ class Layers(nnx.Module):
         """
         graphdef, state = nnx.split(self.block)
         weights = nnx.to_pure_dict(state)
-        key, cache = current().dropout_key, current().cache
-        auxiliary = current().auxiliary
+        settings = current()
+        key, cache, auxiliary = (
+            settings.dropout_key,
+            settings.cache,
+            settings.auxiliary,
+        )
+        count, begin = jax.tree.leaves(weights)[0].shape[0], 0
+        if settings.pipe is not None:
+            begin = settings.pipe.begin
+        elif settings.stage > 1:
+            begin = jax.lax.axis_index(STAGE) * count
+        if settings.stage > 1:
+            each = jax.tree.map(
+                lambda x: jax.lax.dynamic_slice_in_dim(x, begin, count), each
+            )
 
         def body(
             x: jax.Array, layer: tuple[PyTree, ...], *args: Any
@@ -85,21 +99,31 @@ class Layers(nnx.Module):
             return x, None if inner is None else inner.arrays()
 
         if cache is not None:
+            if settings.stage > 1:
+                raise ConfigError(
+                    f"mesh.stage={settings.stage}: a model in stages does not write text; set mesh.stage 1"
+                )
             return self._while_writing(
                 cache,
                 x,
                 (weights, each),
                 lambda x, layer: body(x, (*layer, jnp.zeros((), jnp.int32)), *args)[0],
             )
-        body = checkpoint_layer(body, current().remat)
-        x, added = jax.lax.scan(
-            lambda x, layer: body(x, layer, *args),
-            x,
-            (weights, each, jnp.arange(self.num_layers)),
-        )
-        if auxiliary is not None:
-            auxiliary.add_layers(added)
-        return x
+        body = checkpoint_layer(body, settings.remat)
+
+        def run(x: jax.Array) -> jax.Array:
+            x, added = jax.lax.scan(
+                lambda x, layer: body(x, layer, *args),
+                x,
+                (weights, each, begin + jnp.arange(count)),
+            )
+            if auxiliary is not None:
+                auxiliary.add_layers(added)
+            return x
+
+        if settings.pipe is not None:
+            return settings.pipe.through(run, x)
+        return run(x) if settings.stage == 1 else one_behind_another(run, x)
 
     def _while_writing(
         self,

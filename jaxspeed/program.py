@@ -30,6 +30,7 @@ from jaxspeed.config import (
     LossScaleConfig,
     RunConfig,
     config_error,
+    divisors,
 )
 from jaxspeed.context import AXIS, device_order, parts_of
 from jaxspeed.lora import (
@@ -43,6 +44,7 @@ from jaxspeed.mesh import build_mesh
 from jaxspeed.objectives import SPLIT_TASKS, objective_of
 from jaxspeed.optim import make_optimizer
 from jaxspeed.paths import matching, paths_of, subtree
+from jaxspeed.pipeline import pipeline_schedule
 from jaxspeed.schedules import make_schedule
 from jaxspeed.sharding import is_placement, part_of, place_all, shards_of
 from jaxspeed.state import make_init, master_shardings, state_shardings, with_shardings
@@ -226,7 +228,11 @@ class Program:
             ConfigError: processes hold parts that overlap.
         """
         held: dict[int, set[int]] = {}
-        for shard, group in enumerate(self.mesh.devices.reshape(self.batch.shards, -1)):
+        names = self.mesh.axis_names
+        others = [axis for axis in names if axis not in BATCH_AXES]
+        order = [names.index(axis) for axis in (*BATCH_AXES, *others)]
+        groups = self.mesh.devices.transpose(order).reshape(self.batch.shards, -1)
+        for shard, group in enumerate(groups):
             for device in group:
                 held.setdefault(device.process_index, set()).add(shard)
         shares = sorted({tuple(sorted(part)) for part in held.values()})
@@ -383,6 +389,8 @@ def build_program(
     if targets:
         params, dims = with_adapters(targets, run.lora.rank, params, dims)
     placements = place_all(params, dims, sizes, run.zero, frozen)
+    if sizes["stage"] > 1:
+        _check_stages(sizes["stage"], run.pipeline_chunks, placements)
     if sizes["context"] > 1 and loss_fn is None:
         _check_split(run, sizes["context"])
     platform = mesh.devices.flat[0].platform
@@ -397,13 +405,14 @@ def build_program(
             compute=compute, activations=_dtype(run.dtype.activations, compute, platform), attention=run.attention,
             platform="gpu" if platform in ("cuda", "rocm") else platform, remat=run.remat, tensor=sizes["tensor"],
             context=sizes["context"], context_by=run.context,
-            expert=sizes["expert"], moe=run.moe,
+            expert=sizes["expert"], moe=run.moe, stage=sizes["stage"],
         ),
         loss_fn=loss_fn or objective_of(run).loss,
         reduce_dtype=_dtype(run.dtype.reduce, compute, platform),
         seed_scale=2.0 ** -round(math.log2(batch.global_size * (seq_len or run.seq_len))),
         dropout=custom or getattr(run.model, "dropout", 1.0) > 0.0 or run.lora.dropout > 0.0 or run.moe.draws,
         lora=run.lora,
+        schedule=pipeline_schedule(run.pipeline, sizes["stage"], batch.accumulate, run.pipeline_chunks) if sizes["stage"] > 1 else None,
     )  # fmt: skip
     schedule = make_schedule(run.schedule, run.optim.lr, run.steps)
     tx = make_optimizer(
@@ -443,6 +452,13 @@ def notices(program: Program) -> list[str]:
         )
     if run.context != RunConfig.context and sizes[AXIS] == 1:
         said.append(f"context={run.context} has nothing to do here: mesh.context is 1")
+    if (schedule := program.spec.schedule) is not None:
+        said.append(
+            f"pipeline={run.pipeline}: {schedule.stages} stages, {schedule.micros} micro-batches, {schedule.bubble(3.0):.0%} of the time idle; "
+            "no text is written during training (jaxspeed generate writes with what was saved)"
+        )
+    elif run.pipeline != RunConfig.pipeline:
+        said.append(f"pipeline={run.pipeline} has nothing to do here: mesh.stage is 1")
     if run.zero.secondary and sizes["data"] == 1:
         said.append("zero.secondary has nothing to do here: mesh.data is 1, one group")
     if run.moe.capacity_factor and sizes[AXIS] > 1:
@@ -478,6 +494,35 @@ def notices(program: Program) -> list[str]:
             "which no parameter of this model is made for (jaxspeed.nn.param)"
         )
     return said
+
+
+def _check_stages(stages: int, chunks: int, placements: PyTree) -> None:
+    """Checks that the layers can be cut into so many parts.
+
+    Raises:
+        ConfigError: there are none, or several stacks of them, or they do not divide.
+    """
+    places = jax.tree.leaves(placements, is_leaf=is_placement)
+    counts = sorted({place.shape[0] for place in places if place.stacked})
+    if len(counts) != 1:
+        raise config_error(
+            "mesh.stage",
+            stages,
+            f"the model has {'stacks of ' + ' and '.join(map(str, counts)) if counts else 'no stack of'} layers (jaxspeed.nn.Layers), where one is cut",
+            "set mesh.stage 1, and split by mesh.fsdp or mesh.tensor",
+        )
+    (count,) = counts
+    if count % (stages * chunks):
+        legal = [] if count % chunks else divisors(count // chunks)
+        times = f" times pipeline_chunks={chunks}" * (chunks > 1)
+        raise config_error(
+            "mesh.stage",
+            stages,
+            f"it{times} does not divide the model's {count} layers",
+            f"give one of {', '.join(map(str, legal))}"
+            if legal
+            else "give fewer pipeline_chunks",
+        )
 
 
 def _check_split(run: RunConfig, size: int) -> None:

@@ -60,7 +60,9 @@ class Placement:
     sharded: frozenset[str]
     """Kinds of array that use `zero_dim`."""
     outer: tuple[str, ...] = ()
-    """Axes that the master's shards are cut over once more, behind `shard_axes` (`zero.secondary`)."""
+    """Axes that the master's shards are cut over once more, behind `shard_axes`: `data` by `zero.secondary`; `stage`, for what is not of the layers that it splits."""
+    stage_dim: int | None = None
+    """Negative index of the dim over `stage`, for all kinds: each stage keeps its layers to itself."""
     expert_dim: int | None = None
     """Negative index of the dim over `expert`, for all kinds: each device keeps its experts to itself."""
     trained: bool = True
@@ -79,7 +81,8 @@ class Placement:
     @property
     def token_axes(self) -> tuple[str, ...]:
         """The axes whose devices have a part each of its gradient."""
-        return self._other_than_experts(TOKEN_AXES)
+        outside = () if self.stage_dim is not None else ("stage",)
+        return (*outside, *self._other_than_experts(TOKEN_AXES))
 
     def _other_than_experts(self, axes: tuple[str, ...]) -> tuple[str, ...]:
         if self.expert_dim is None:
@@ -101,6 +104,8 @@ class Placement:
             axes[self.zero_dim] = (*self.shard_axes, *outer)
         if self.expert_dim is not None:
             axes[self.expert_dim] = "expert"
+        if self.stage_dim is not None:
+            axes[self.stage_dim] = "stage"
         return P(*axes)
 
     def tensor_spec(self, ndim: int) -> P:
@@ -143,6 +148,7 @@ def place(
         if sizes["tensor"] > 1
         else None
     )
+    staged = sizes["stage"] == 1 or dims[:1] == ("layers",)
     expert = dims.index("expert") if "expert" in dims and sizes["expert"] > 1 else None
     negative = lambda i: None if i is None else i - len(shape)
     kept = Placement(
@@ -151,7 +157,8 @@ def place(
         negative(tensor),
         None,
         SHARDED[zero.stage],
-        ("data",) if zero.secondary else (),
+        (*(("data",) if zero.secondary else ()), *(() if staged else ("stage",))),
+        -len(shape) if staged and sizes["stage"] > 1 else None,
         negative(expert),
     )
     shards = shards_of(sizes, (*kept.shard_axes, *kept.outer))

@@ -33,6 +33,7 @@ from jaxspeed.loss_scale import update_loss_scale
 from jaxspeed.nn import merge
 from jaxspeed.optim import update_count
 from jaxspeed.paths import with_part
+from jaxspeed.pipeline import Item, Pipe, Schedule, regrouped, run_schedule
 from jaxspeed.sharding import (
     Placement,
     Weight,
@@ -69,6 +70,8 @@ class StepSpec:
     """Whether the forward pass draws dropout masks in training."""
     lora: LoraConfig
     """Scale and dropout of the adapters, if there are any."""
+    schedule: Schedule | None = None
+    """What every stage does when, where there are several (`jaxspeed.pipeline`)."""
 
     @functools.cached_property
     def at_rest(self) -> Ambient:
@@ -106,7 +109,7 @@ def make_grad_fn(spec: StepSpec) -> GradFn:
     def local(
         params: Params, batch: Batch, loss_scale: jax.Array, key: jax.Array
     ) -> tuple[PyTree, Measured]:
-        whole = compute_weights(spec, params)
+        whole = compute_weights(spec, _regrouped(params, spec))
         device_key = jax.random.fold_in(key, jax.lax.axis_index(TOKEN_AXES))
 
         def micro_step(
@@ -118,21 +121,12 @@ def make_grad_fn(spec: StepSpec) -> GradFn:
             )
 
             def scaled_loss(slots: PyTree) -> tuple[jax.Array, Measured]:
-                auxiliary = Auxiliary()
-                trained = jax.tree.map(
-                    lambda w, slot: dataclasses.replace(w, slot=slot),
-                    part_of(whole, spec.placements),
-                    slots,
-                    is_leaf=is_weight,
+                weights = with_slots(spec, whole, slots)
+                (sums, measured), _ = _measured_loss(
+                    spec, weights, micro_batch, dropout_key
                 )
-                with ambient(
-                    spec.settings, dropout_key=dropout_key, auxiliary=auxiliary
-                ):
-                    model = model_of(spec, with_part(whole, trained))
-                    sums = _as_sums(spec.loss_fn(model, micro_batch))
-                _check_taken(auxiliary)
                 scaled = sums.total * (loss_scale * spec.seed_scale)
-                return scaled, (sums, auxiliary.measured)
+                return scaled, (sums, measured)
 
             gradients, measured = jax.grad(scaled_loss, has_aux=True)(slots)
             return jax.tree.map(jnp.add, total, gradients), measured
@@ -143,11 +137,19 @@ def make_grad_fn(spec: StepSpec) -> GradFn:
             spec.trained,
         )
         steps = jnp.arange(jax.tree.leaves(batch)[0].shape[0])
-        gradients, measured = jax.lax.scan(micro_step, slots, (dict(batch), steps))
+        if spec.schedule is None:
+            gradients, measured = jax.lax.scan(micro_step, slots, (dict(batch), steps))
+        else:
+            scale = loss_scale * spec.seed_scale
+            gradients, measured = _in_stages(
+                spec, spec.schedule, whole, slots, dict(batch), scale, device_key
+            )
         gradients = jax.tree.map(
             lambda g, place: _final_reduction(g, place, spec), gradients, spec.trained
         )
-        return gradients, jax.tree.map(lambda x: jax.lax.psum(x, TOKEN_AXES), measured)
+        gradients = _regrouped(gradients, spec, back=True)
+        everyone = ("stage", *TOKEN_AXES)
+        return gradients, jax.tree.map(lambda x: jax.lax.psum(x, everyone), measured)
 
     specs = _master_specs(spec.trained)
 
@@ -159,6 +161,155 @@ def make_grad_fn(spec: StepSpec) -> GradFn:
         return run(params, batch, loss_scale, key)
 
     return grad_fn
+
+
+def with_slots(spec: StepSpec, whole: PyTree, slots: PyTree) -> PyTree:
+    """Returns the weights with gradient slots for those that are trained."""
+    trained = jax.tree.map(
+        lambda w, slot: dataclasses.replace(w, slot=slot),
+        part_of(whole, spec.placements),
+        slots,
+        is_leaf=is_weight,
+    )
+    return with_part(whole, trained)
+
+
+def _measured_loss(
+    spec: StepSpec,
+    weights: PyTree,
+    batch: Batch,
+    dropout_key: jax.Array | None,
+    pipe: Pipe | None = None,
+) -> tuple[Measured, jax.Array]:
+    """Returns the loss of a micro-batch and what was measured on the way, and what routers added to the loss."""
+    auxiliary = Auxiliary()
+    with ambient(
+        spec.settings, dropout_key=dropout_key, auxiliary=auxiliary, pipe=pipe
+    ):
+        sums = _as_sums(spec.loss_fn(model_of(spec, weights), batch))
+    _check_taken(auxiliary)
+    added = jnp.zeros(()) if auxiliary.added is None else auxiliary.added
+    return (sums, auxiliary.measured), added
+
+
+def _loss_of_chunk(measured: Measured, added: jax.Array, last: jax.Array) -> Measured:
+    """Returns a chunk's part of the loss: the loss itself is the last one's, what routers add each one's own."""
+    sums, others = measured
+    count = jnp.where(last, sums.count, 0.0)
+    sums = Sums(jnp.where(last, sums.total - added, 0.0) + added, count)
+    if "auxiliary_loss" in others:
+        others = {**others, "auxiliary_loss": Sums(added, count)}
+    return sums, others
+
+
+def _in_stages(
+    spec: StepSpec,
+    schedule: Schedule,
+    whole: PyTree,
+    slots: PyTree,
+    batch: Batch,
+    scale: jax.Array,
+    key: jax.Array,
+) -> tuple[PyTree, Measured]:
+    """Returns the gradients of all micro-batches, and what was measured of each, by a schedule."""
+    p, v = schedule.stages, schedule.chunks
+    me = jax.lax.axis_index("stage")
+    (size,) = {
+        place.shape[0] // (p * v)
+        for place in jax.tree.leaves(spec.placements, is_leaf=is_placement)
+        if place.stage_dim is not None
+    }
+
+    def run(
+        item: Item, slots: PyTree | None, received: jax.Array | None
+    ) -> tuple[tuple[jax.Array, jax.Array], Measured]:
+        """Returns what a chunk gives and its part of the loss, and what was measured."""
+        weights = _chunk(whole, spec.placements, item.chunk, v)
+        weights = weights if slots is None else with_slots(spec, weights, slots)
+        dropout_key = jax.random.fold_in(key, item.micro) if spec.dropout else None
+        pipe = Pipe(received, item.first, (item.chunk * p + me) * size)
+        micro_batch = jax.tree.map(lambda x: x[item.micro], batch)
+        measured = _measured_loss(spec, weights, micro_batch, dropout_key, pipe)
+        if pipe.given is None:
+            raise ConfigError(
+                f"mesh.stage={p}: the model has no stack of layers (jaxspeed.nn.Layers) to split; set mesh.stage 1"
+            )
+        sums, others = _loss_of_chunk(*measured, item.last)
+        return (pipe.given, sums.total * scale), (sums, others)
+
+    def forward(item: Item, received: jax.Array) -> jax.Array:
+        return run(item, None, received)[0][0]
+
+    def backward(
+        item: Item, received: jax.Array, returned: jax.Array, sums: PyTree
+    ) -> tuple[PyTree, jax.Array]:
+        gradients, measured = sums
+        own = _chunk(gradients, spec.trained, item.chunk, v)
+        of = lambda slots, received: run(item, slots, received)
+        _, back, found = jax.vjp(of, own, received, has_aux=True)
+        wanted = item.real & ~item.last
+        returned = jnp.where(wanted, returned, jnp.zeros((), returned.dtype))
+        slopes, gradient = back((returned, item.real.astype(jnp.float32)))
+        own = jax.tree.map(jnp.add, own, slopes)
+        gradients = _with_chunk(gradients, own, spec.trained, item.chunk, v)
+        measured = jax.tree.map(
+            lambda x, y: x.at[item.micro].add(jnp.where(item.real, y, 0.0)),
+            measured,
+            found,
+        )
+        return (gradients, measured), gradient
+
+    number, flag = jnp.zeros((), jnp.int32), jnp.ones((), bool)
+    (like, _), measured = jax.eval_shape(
+        lambda: run(Item(number, number, flag, flag, flag), None, None)
+    )
+    rooms = jax.tree.map(
+        lambda x: jnp.zeros((schedule.micros, *x.shape), x.dtype), measured
+    )
+    in_order, sums = spec.settings.platform == "cpu", (slots, rooms)
+    return run_schedule(schedule, forward, backward, like, sums, in_order=in_order)
+
+
+def _chunk(tree: PyTree, placements: PyTree, number: jax.Array, chunks: int) -> PyTree:
+    """Returns what one of a stage's chunks has of each array: its own layers, and all that is of no layer."""
+
+    def one(place: Placement, x: PyTree) -> PyTree:
+        if chunks == 1 or place.stage_dim is None:
+            return x
+        size = jax.tree.leaves(x)[0].shape[0] // chunks
+        begin = number * size
+        return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, begin, size), x)
+
+    return jax.tree.map(one, placements, tree)
+
+
+def _with_chunk(
+    tree: PyTree, part: PyTree, placements: PyTree, number: jax.Array, chunks: int
+) -> PyTree:
+    """Returns the arrays with what `_chunk` cut out of them replaced by `part`."""
+
+    def one(place: Placement, x: jax.Array, new: jax.Array) -> jax.Array:
+        if chunks == 1 or place.stage_dim is None:
+            return new
+        begin = number * new.shape[0]
+        return jax.lax.dynamic_update_slice_in_dim(x, new, begin, 0)
+
+    return jax.tree.map(one, placements, tree, part)
+
+
+def _regrouped(tree: PyTree, spec: StepSpec, *, back: bool = False) -> PyTree:
+    """Returns parameters' shards with the layers where the schedule wants them, in the compute dtype; back: gradients, where they are stored."""
+    if spec.schedule is None or spec.schedule.chunks == 1:
+        return tree
+    p, v = spec.schedule.stages, spec.schedule.chunks
+
+    def one(place: Placement, x: jax.Array) -> jax.Array:
+        if place.stage_dim is None:
+            return x
+        x = x if back else x.astype(spec.settings.compute)
+        return regrouped(x, p, v, back=back)
+
+    return jax.tree.map(one, spec.trained if back else spec.placements, tree)
 
 
 def batch_specs(batch: Mapping[str, Any], lead: tuple[None, ...] = ()) -> dict[str, P]:
@@ -181,7 +332,7 @@ def manual_axes(mesh: Mesh) -> set[str]:
 
     An axis left to the compiler, even of size 1, bars attention kernels, which it cannot partition.
     """
-    return set(TOKEN_AXES) | ({"tensor"} if mesh.shape["tensor"] == 1 else set())
+    return {"stage", *TOKEN_AXES} | ({"tensor"} if mesh.shape["tensor"] == 1 else set())
 
 
 def make_eval_fn(spec: StepSpec) -> Callable[[Params, Batch], Sums]:
@@ -375,8 +526,8 @@ def _final_reduction(
             gradient, dim, place.shard_axes, spec.reduce_dtype, tensor
         )
     if place.outer:
-        return reduce_scatter(gradient, dim, place.outer, spec.reduce_dtype, tensor)
-    if spec.mesh.shape["data"] > 1:
+        gradient = reduce_scatter(gradient, dim, place.outer, spec.reduce_dtype, tensor)
+    if spec.mesh.shape["data"] > 1 and "data" not in place.outer:
         gradient = all_reduce(gradient, "data", spec.reduce_dtype, tensor)
     return gradient
 
@@ -394,7 +545,7 @@ def _mean(sums: Sums) -> jax.Array:
 
 
 def _check_taken(auxiliary: Auxiliary) -> None:
-    if auxiliary.rows is not None and not auxiliary.taken:
+    if auxiliary.rows is not None and auxiliary.added is None:
         raise ConfigError(
             "loss_fn leaves out what the model's routers add to the loss: end it with jaxspeed.auxiliary.with_auxiliary(sums, targets), "
             "targets being how many each row has; or set moe.balance_coef and moe.z_coef to 0"

@@ -213,6 +213,12 @@ LLAMA3_8B = Config(
     d_ff=14_336,
     rope_theta=500_000.0,
 )
+LLAMA3_70B = dataclasses.replace(
+    LLAMA3_8B, num_layers=80, num_heads=64, d_model=8192, d_ff=28_672
+)
+LLAMA3_405B = dataclasses.replace(
+    LLAMA3_8B, num_layers=126, num_heads=128, d_model=16_384, d_ff=53_248
+)
 LLAMA31_8B = dataclasses.replace(
     LLAMA3_8B,
     max_seq_len=131_072,

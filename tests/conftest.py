@@ -59,10 +59,10 @@ def mesh() -> Callable[..., Mesh]:
     def build(
         data: int = 1, fsdp: int = 1, expert: int = 1, context: int = 1, tensor: int = 1
     ) -> Mesh:
-        sizes = (data, fsdp, expert, context, tensor)
+        sizes = (1, data, fsdp, expert, context, tensor)
         devices = np.array(jax.devices()[: math.prod(sizes)])
         types = (AxisType.Auto,) * len(sizes)
-        axes = ("data", "fsdp", "expert", "context", "tensor")
+        axes = ("stage", "data", "fsdp", "expert", "context", "tensor")
         return Mesh(devices.reshape(sizes), axes, axis_types=types)
 
     return build

@@ -18,10 +18,10 @@ ROOT = Path(__file__).parents[1]
 
 LAYERS = {
     0: "batch checks config config_moe config_task sampling types",
-    1: "ambient auxiliary cache choice context launch ledger mesh nn ops paths remat rollcall sharding tensorfiles tiles topology",
+    1: "ambient auxiliary cache choice context hlo launch ledger mesh nn ops paths pipeline remat rollcall sharding tensorfiles tiles topology",
     2: "agreement checkpoint data deepspeed_json deepspeed_keys deepspeed_rules frozen gguf_files gguf_tokenizers hf loss_scale "
     "losses metrics objectives offload optim precision progress report schedules",
-    3: "generate lora peft pipeline program state step",
+    3: "generate lora peft program state step",
     4: "__init__ __main__ cli cli_text doctor embedding engine loop plan pretrained profile tasks upcycle writing",
 }
 """Modules and packages of jaxspeed. Each imports its own layer and lower ones only."""
@@ -62,7 +62,7 @@ FORBIDDEN = {"cloudpickle", "dill", "marshal", "pickle", "shelve"}
 
 READ_BY_METHOD = {
     "at_rest": {"MoeConfig": {"eval_capacity_factor"}},
-    "sizes": {"MeshConfig": {"data", "fsdp", "expert", "context", "tensor"}},
+    "sizes": {"MeshConfig": {"stage", "data", "fsdp", "expert", "context", "tensor"}},
     "validate": {"RunConfig": {"global_batch_size", "micro_batch_size", "accumulate"}},
 }
 """Methods of config.py that read these fields on behalf of whoever calls them."""

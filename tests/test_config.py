@@ -256,22 +256,23 @@ def test_tables_of_tasks_name_real_tasks_and_settings() -> None:
 @pytest.mark.parametrize(
     ("given", "devices", "sizes"),
     [
-        ({}, 8, (1, 8, 1, 1, 1)),
-        ({}, 1, (1, 1, 1, 1, 1)),
-        ({"data": 4}, 8, (4, 2, 1, 1, 1)),
-        ({"tensor": 2}, 8, (1, 4, 1, 1, 2)),
-        ({"context": 4, "tensor": 2}, 8, (1, 1, 1, 4, 2)),
-        ({"expert": 2, "context": 2}, 8, (1, 2, 2, 2, 1)),
-        ({"data": -1, "fsdp": 2}, 8, (4, 2, 1, 1, 1)),
-        ({"data": 2, "fsdp": 2, "tensor": -1}, 8, (2, 2, 1, 1, 2)),
-        ({"data": 2, "fsdp": 2, "tensor": 2}, 8, (2, 2, 1, 1, 2)),
-        ({"data": 8}, 8, (8, 1, 1, 1, 1)),
+        ({}, 8, (1, 1, 8, 1, 1, 1)),
+        ({}, 1, (1, 1, 1, 1, 1, 1)),
+        ({"data": 4}, 8, (1, 4, 2, 1, 1, 1)),
+        ({"tensor": 2}, 8, (1, 1, 4, 1, 1, 2)),
+        ({"context": 4, "tensor": 2}, 8, (1, 1, 1, 1, 4, 2)),
+        ({"expert": 2, "context": 2}, 8, (1, 1, 2, 2, 2, 1)),
+        ({"stage": 4}, 8, (4, 1, 2, 1, 1, 1)),
+        ({"data": -1, "fsdp": 2}, 8, (1, 4, 2, 1, 1, 1)),
+        ({"data": 2, "fsdp": 2, "tensor": -1}, 8, (1, 2, 2, 1, 1, 2)),
+        ({"data": 2, "fsdp": 2, "tensor": 2}, 8, (1, 2, 2, 1, 1, 2)),
+        ({"data": 8}, 8, (1, 8, 1, 1, 1, 1)),
     ],
 )
 def test_mesh_sizes_multiply_to_the_devices(
     given: dict[str, int], devices: int, sizes: tuple[int, ...]
 ) -> None:
-    axes = ("data", "fsdp", "expert", "context", "tensor")
+    axes = ("stage", "data", "fsdp", "expert", "context", "tensor")
     assert MeshConfig(**given).sizes(devices) == dict(zip(axes, sizes, strict=True))
 
 

@@ -609,3 +609,15 @@ def test_table_shows_square_brackets_of_values() -> None:
     text = console.export_text()
     assert "a[red]b" in text
     assert "[bold]why" in text
+
+
+def test_pipeline_stages() -> None:
+    run = apply(
+        {
+            "pipeline": {"stages": 2, "partition": "uniform"},
+            "gradient_accumulation_steps": 4,
+        }
+    )
+    assert run.mesh.stage == 2
+    assert run.accumulate == 4
+    assert apply({"pipeline": {"stages": "auto"}}).mesh.stage == 1

@@ -476,7 +476,6 @@ def test_refused_optimizer_says_what_to_use(kind: str) -> None:
         ("hybrid_engine.enabled", True),
         ("managed_gradient_accumulation", False),
         ("nebula.enabled", True),
-        ("pipeline.stages", 4),
         ("progressive_layer_drop.enabled", True),
         ("quantize_training.enabled", True),
         ("sparse_attention.mode", "fixed"),

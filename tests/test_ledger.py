@@ -22,6 +22,7 @@ from jaxspeed.ledger import (
     Ledger,
     LedgerError,
     axes_of_groups,
+    read_cycles,
     read_ledger,
     read_partitioned,
 )
@@ -141,6 +142,55 @@ def test_only_the_larger_branch_of_a_conditional_is_counted(cube: Mesh) -> None:
         read_partitioned(lowered, AXES),
     ):
         assert [(e.axes, e.trips) for e in ledger] == [(("fsdp",), 4)]
+
+
+CYCLES = """
+HloModule m, num_partitions=2
+%fused (p: f32[8]) -> f32[8] {
+  ROOT %p = f32[8] parameter(0), backend_config={"estimated_cycles":"900"}
+}
+%work (p: f32[8]) -> f32[8] {
+  %p = f32[8] parameter(0)
+  ROOT %f = f32[8] fusion(%p), kind=kLoop, calls=%fused, backend_config={"estimated_cycles":"10"}
+}
+%some (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %p = (s32[], f32[8]) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %x = f32[8] get-tuple-element(%p), index=1
+  %y = f32[8] call(%x), to_apply=%work
+  ROOT %t = (s32[], f32[8]) tuple(%i, %y)
+}
+%body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %p = (s32[], f32[8]) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %x = f32[8] get-tuple-element(%p), index=1
+  %v = (s32[], f32[8]) while(%p), condition=%more, body=%some, backend_config={"known_trip_count":{"n":"3"}}
+  %y = f32[8] get-tuple-element(%v), index=1
+  %z = f32[8] add(%y, %y), backend_config={"estimated_cycles":"2"}
+  ROOT %t = (s32[], f32[8]) tuple(%i, %z)
+}
+%more (p: (s32[], f32[8])) -> pred[] {
+  %p = (s32[], f32[8]) parameter(0)
+  ROOT %c = pred[] constant(true)
+}
+ENTRY %main (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %p = (s32[], f32[8]) parameter(0)
+  ROOT %w = (s32[], f32[8]) while(%p), condition=%more, body=%body, backend_config={"known_trip_count":{"n":"8"}}
+}
+"""
+
+
+def test_cycles_are_multiplied_out() -> None:
+    """Eight times two and three times ten; what a fusion is made of is in its own estimate."""
+    assert read_cycles(CYCLES) == 8 * (2 + 3 * 10)
+    unknown = re.sub(r', backend_config=\{"known[^}]*\}\}', "", CYCLES)
+    assert read_cycles(unknown, unknown_trips=4) == 4 * (2 + 4 * 10)
+
+
+def test_a_program_without_estimates_has_no_cycles(cube: Mesh) -> None:
+    compiled = on_devices(cube, lambda x: x + 1, (8, 3)).compile()
+    with pytest.raises(LedgerError, match="compiled for a TPU"):
+        read_cycles(compiled)
 
 
 def test_loop_that_depends_on_data_needs_a_trip_count(cube: Mesh) -> None:

@@ -12,8 +12,8 @@ from jaxspeed.mesh import build_mesh
 
 
 SIZES = [
-    (1, 8, 1, 1, 1), (8, 1, 1, 1, 1), (2, 2, 1, 1, 2), (2, 2, 1, 2, 1), (2, 4, 1, 1, 1),
-    (1, 4, 1, 1, 2), (1, 1, 1, 1, 1), (1, 2, 2, 2, 1),
+    (1, 1, 8, 1, 1, 1), (1, 8, 1, 1, 1, 1), (1, 2, 2, 1, 1, 2), (1, 2, 2, 1, 2, 1), (1, 2, 4, 1, 1, 1),
+    (1, 1, 4, 1, 1, 2), (1, 1, 1, 1, 1, 1), (1, 1, 2, 2, 2, 1), (2, 2, 2, 1, 1, 1),
 ]  # fmt: skip
 
 
@@ -31,6 +31,7 @@ def test_mesh_has_its_axes_in_order_over_each_device_once(
 
 def test_all_devices_are_taken_by_default() -> None:
     assert build_mesh(MeshConfig().sizes(8)).shape == {
+        "stage": 1,
         "data": 1,
         "fsdp": 8,
         "expert": 1,

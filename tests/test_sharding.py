@@ -25,9 +25,9 @@ from jaxspeed.sharding import (
 )
 
 
-SIZES = {"data": 1, "fsdp": 8, "expert": 1, "context": 1, "tensor": 1}
-TENSOR = {"data": 2, "fsdp": 2, "expert": 1, "context": 1, "tensor": 2}
-CONTEXT = {"data": 2, "fsdp": 2, "expert": 1, "context": 2, "tensor": 1}
+SIZES = {"stage": 1, "data": 1, "fsdp": 8, "expert": 1, "context": 1, "tensor": 1}
+TENSOR = {"stage": 1, "data": 2, "fsdp": 2, "expert": 1, "context": 1, "tensor": 2}
+CONTEXT = {"stage": 1, "data": 2, "fsdp": 2, "expert": 1, "context": 2, "tensor": 1}
 
 RNG = np.random.default_rng(0)
 
@@ -72,7 +72,7 @@ PLACES = [
     (
         (16, 32),
         ("embed", "mlp"),
-        {"data": 8, "fsdp": 1, "expert": 1, "context": 1, "tensor": 1},
+        {"stage": 1, "data": 8, "fsdp": 1, "expert": 1, "context": 1, "tensor": 1},
         P(None, None),
     ),
     ((16, 32), ("embed", "mlp"), TENSOR, P(SHARD_AXES, "tensor")),
@@ -223,7 +223,7 @@ def test_weight_without_a_slot_has_a_value() -> None:
     placement = place(
         W.shape,
         None,
-        {"data": 1, "fsdp": 1, "expert": 1, "context": 1, "tensor": 1},
+        {"stage": 1, "data": 1, "fsdp": 1, "expert": 1, "context": 1, "tensor": 1},
         zero(3),
     )
     assert jnp.array_equal(

@@ -99,8 +99,11 @@ class LanguageModel:
             },
             f"{self.run.data.evaluated} loss {loss:.4f} nats/token, perplexity {perplexity(loss):.2f}, {bits:.3f} bits/byte",
             f"{self.run.data.evaluated} loss {loss:.4f} nats/token ({bits * np.log(2):.4f} nats/byte)",
-            self._sample(program, params, step) if self.run.eval.sample_tokens else "",
+            self._sample(program, params, step) if self._samples(program) else "",
         )
+
+    def _samples(self, program: Program) -> bool:
+        return bool(self.run.eval.sample_tokens) and program.mesh.shape["stage"] == 1
 
     def _sample(self, program: Program, params: Params, step: int) -> str:
         cfg = self.run.eval
