@@ -14,6 +14,7 @@ are not in it. TPUs need `pip install 'jaxspeed[tpu]'`, GPUs `'jaxspeed[cuda12]'
 import argparse
 import dataclasses
 import json
+import math
 import resource
 import subprocess
 import sys
@@ -138,7 +139,8 @@ def compile_job(job: Job) -> dict[str, Any]:
     seconds = time.perf_counter() - begin
     memory: Any = compiled.memory_analysis()
     try:
-        cycles = read_cycles(compiled) / topology.chip.clock_hz
+        clock = topology.chip.clock_hz if topology.chip else math.nan
+        cycles = read_cycles(compiled) / clock
     except LedgerError:
         cycles = None  # not a TPU
     params = program.abstract_state["params"]

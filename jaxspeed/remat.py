@@ -22,6 +22,9 @@ PRODUCTS = frozenset(
 )
 """Primitives whose results are dear: matrix products and attention kernels."""
 
+PRODUCT_NAME = "product"
+"""The checkpoint name that `jaxspeed.ops.linear` gives its results, rounded: its sums are float32, twice as large."""
+
 RECURRENCE_NAME = "recurrence"
 """The checkpoint name of a recurrent layer's states and gates: computing them again is a scan over time."""
 
@@ -34,6 +37,9 @@ ATTENTION_NAMES = frozenset({"q", "k", "v", "attended", NORMALISER_NAME})
 
 EXPERT_NAMES = frozenset({"dispatched", "grouped", "returned"})
 """Checkpoint names of what has travelled to experts, their products, and what has come back: computing it again is to send it again."""
+
+KEPT_NAMES = EXPERT_NAMES | {PRODUCT_NAME}
+"""Checkpoint names of all products other than attention's."""
 
 EXPANSION = 16
 """A product with this many times more columns than terms in a sum is done again in the backward pass."""
@@ -60,13 +66,13 @@ def checkpoint_layer(layer: Callable[..., Any], policy: str) -> Callable[..., An
 
 def _keep_products(primitive: Any, *operands: Any, **params: Any) -> bool:
     if primitive.name == "name":
-        return params["name"] in ATTENTION_NAMES | EXPERT_NAMES | {RECURRENCE_NAME}
+        return params["name"] in ATTENTION_NAMES | KEPT_NAMES | {RECURRENCE_NAME}
     return primitive.name in PRODUCTS and not _expands(primitive, operands, params)
 
 
 def _keep_flat_products(primitive: Any, *operands: Any, **params: Any) -> bool:
     if primitive.name == "name":
-        return params["name"] in EXPERT_NAMES
+        return params["name"] in KEPT_NAMES
     keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
     return bool(keep(primitive, *operands, **params)) and not _expands(
         primitive, operands, params

@@ -11,6 +11,7 @@ import pytest
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import jaxprs_in_params
 
+from jaxspeed.ambient import ambient
 from jaxspeed.config import REMAT_POLICIES
 from jaxspeed.ops import linear
 from jaxspeed.remat import checkpoint_layer
@@ -74,6 +75,20 @@ def test_attention_keeps_what_attention_reads() -> None:
 def test_policy_that_keeps_products_does_none_again(policy: str) -> None:
     assert products_of_a_step(policy) == 6
     assert kept(policy)[(B, F)] >= 1
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+@pytest.mark.parametrize("policy", ["none", "dots"])
+def test_products_are_kept_in_16_bits(policy: str, platform: str) -> None:
+    """Not the float32 sums that they are rounded from."""
+    half = jnp.bfloat16
+    with ambient(compute=half, activations=half, platform=platform):
+        # A function of its own: jax remembers traces by it, and not by the ambient settings.
+        run = checkpoint_layer(lambda x, s: layer(x, s), policy)
+        residuals = jax.eval_shape(lambda x, s: jax.vjp(run, x, s)[1], X, SHARD)
+    kinds = {r.dtype.name for r in jax.tree.leaves(residuals) if r.shape == (B, F)}
+    assert kinds <= {"bfloat16", "uint16"}
+    assert kinds
 
 
 @pytest.mark.parametrize("policy", ["none", "dots"])

@@ -15,11 +15,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from jaxspeed.ambient import current
 from jaxspeed.ops.pointwise import dropout
+from jaxspeed.remat import EXPANSION, PRODUCT_NAME
 from jaxspeed.sharding import Adapted, shard
 from jaxspeed.tiles import Tiled, dot_tiled
 
@@ -197,6 +199,11 @@ def unpack(x: Array, dtype: Any) -> Array:
     return jax.lax.bitcast_convert_type(x, dtype) if x.dtype == jnp.uint16 else x
 
 
+def to_keep(x: Array) -> Array:
+    """Returns x, a product that layers keep as it is: in its own dtype, where the sum it was rounded from is float32."""
+    return unpack(checkpoint_name(pack(x), PRODUCT_NAME), x.dtype)
+
+
 Given = list[tuple[Array, Array | None]]
 """A matrix and its bias, of each product."""
 
@@ -213,7 +220,9 @@ def _products_fwd(
     for w, b in given:
         wc = w.astype(plan.compute)
         y = dot(xc, wc, (1, 0))
-        made.append((y if b is None else y + b[None]).astype(plan.out))
+        y = (y if b is None else y + b[None]).astype(plan.out)
+        # What is far wider than what it is made of costs more room than work.
+        made.append(y if w.shape[1] >= EXPANSION * w.shape[0] else to_keep(y))
         kept.append((wc, None if b is None else b[:0]))
     return tuple(made), (pack(xc), kept, jnp.zeros((0,), x.dtype))
 
@@ -283,7 +292,7 @@ def _adapted_fwd(
     low = dot(ic, ac, (1, 0)).astype(compute)
     y = dot(xc, wc, (1, 0)) + scale * dot(low, bc, (1, 0))
     like = jnp.zeros((0,), x.dtype)
-    return y.astype(out), (pack(ic), pack(low), wc, ac, bc, like)
+    return to_keep(y.astype(out)), (pack(ic), pack(low), wc, ac, bc, like)
 
 
 def _adapted_bwd(
