@@ -35,8 +35,13 @@ ASYNC_COLLECTIVES: CompilerOptions = {
     "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
     "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
     "xla_tpu_overlap_compute_collective_tc": True,
+    "xla_tpu_prefer_async_allgather_to_allreduce": True,
 }
-"""TPU: gathers run beside the matrix products of the same layer. Without, all of them block."""
+"""TPU: gathers run beside the matrix products of the same layer. Without, all of them block.
+
+Without the last one a gather over a whole three-dimensional slice (v5p:4x4x4) is an all-reduce of zeros
+and one shard: twice the bytes, and it blocks (libtpu 0.0.42).
+"""
 
 RING_REDUCE_SCATTER: CompilerOptions = {
     "xla_tpu_enable_sparse_core_collective_offload_nd_reduce_scatter": True,
