@@ -43,6 +43,14 @@ TENSOR_DIMS = frozenset({"heads", "kv_heads", "mlp", "vocab"})
 """Logical dims that the `tensor` axis splits."""
 
 
+ROWS = 16
+"""Fewest entries of a shard along the dim that ZeRO shards, if there is a choice.
+
+Shards along the first dim lie one behind another in what is gathered. Along the last one they are
+columns, which a TPU lays out anew: 0.2 s of a Llama-2 7B's step on 64 v5p chips by its compiler's
+estimate. A 16-bit tile has 16 rows.
+"""
+
 NOT_MULTIPLIED = frozenset({"vocab", "seq", "expert", "router", "gates"})
 """Logical dims of parameters that are read in other ways than by a plain product."""
 
@@ -124,8 +132,9 @@ def place(
 ) -> Placement:
     """Returns where a parameter lives.
 
-    The dim that ZeRO shards is the largest one that divides, other than `layers` (which a scan
-    slices) and those over `tensor` and `expert`. A parameter without such a dim is replicated, at every stage.
+    The dim that ZeRO shards is the first one that divides into parts of `ROWS` or more, or the largest
+    one that divides, other than `layers` (which a scan slices) and those over `tensor` and `expert`.
+    A parameter without such a dim is replicated, at every stage.
 
     Args:
         shape: of the whole parameter.
@@ -163,7 +172,11 @@ def place(
     )
     shards = shards_of(sizes, (*kept.shard_axes, *kept.outer))
     whole = [i for i in free if i not in (tensor, expert) and shape[i] % shards == 0]
-    best = max(whole, key=lambda i: shape[i], default=None) if shards > 1 else None
+    best = None
+    if shards > 1:
+        largest = max(whole, key=lambda i: shape[i], default=None)
+        rows = (i for i in whole if shape[i] >= ROWS * shards)
+        best = next(rows, largest)
     sharded = kept.sharded
     if math.prod(shape[i] for i in free) < zero.param_persistence_threshold:
         sharded -= {"compute"}

@@ -115,8 +115,11 @@ def shares(
     grid = np.vectorize(lambda p: SimpleNamespace(process_index=p), otypes=[object])(
         np.asarray(processes)
     )
+    sizes = {"data": 1, "fsdp": shards, "expert": 1, "tensor": grid.size // shards}
     mesh = SimpleNamespace(
-        devices=grid, shape={"data": 1, "fsdp": shards, "tensor": grid.size // shards}
+        devices=grid.reshape(tuple(sizes.values())),
+        shape=sizes,
+        axis_names=tuple(sizes),
     )
     found = []
     for index in np.unique(processes):

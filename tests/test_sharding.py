@@ -60,6 +60,8 @@ PLACES = [
     ((32, 16), ("mlp", "embed"), SIZES, P(SHARD_AXES, None)),
     ((16, 16), ("embed", "mlp"), SIZES, P(SHARD_AXES, None)),
     ((16, 33), ("embed", "mlp"), SIZES, P(SHARD_AXES, None)),
+    ((128, 256), ("embed", "mlp"), SIZES, P(SHARD_AXES, None)),  # parts of 16 rows
+    ((120, 256), ("embed", "mlp"), SIZES, P(None, SHARD_AXES)),  # of 15: the larger dim
     ((2, 4), ("embed", "mlp"), CONTEXT, P(None, SHARD_AXES)),
     ((2, 6), ("embed", "mlp"), CONTEXT, P(None, None)),
     ((15, 33), ("embed", "mlp"), SIZES, P(None, None)),

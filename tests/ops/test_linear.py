@@ -55,8 +55,9 @@ def oracle(x: Any, w: Any, bias: Any, g: Any, contract: int) -> list[np.ndarray]
         for compute in ("bfloat16", "float16")
     ],
 )
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
 def test_linear_equals_tensordot_with_gradients(
-    case: str, biased: bool, compute: str
+    platform: str, case: str, biased: bool, compute: str
 ) -> None:
     x, w, bias, g, contract = arrays(case)
     args = (x, w, bias) if biased else (x, w)
@@ -66,7 +67,7 @@ def test_linear_equals_tensordot_with_gradients(
         y, pull = jax.vjp(lambda x, w, *b: linear(x, w, *b, contract=contract), *args)
         return [y, *pull(g)]
 
-    with ambient(compute=jnp.dtype(compute)):
+    with ambient(compute=jnp.dtype(compute), platform=platform):
         results = ours(*args)
     expected = oracle(x, w, bias if biased else np.zeros_like(bias), g, contract)
     for result, exact in zip(results, expected, strict=False):
@@ -232,9 +233,12 @@ def test_matrix_in_tiles_is_the_matrix(rows: int, columns: int) -> None:
         )
 
 
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
 @pytest.mark.parametrize("compute", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("biased", [True, False])
-def test_several_products_are_those_one_by_one(biased: bool, compute: Any) -> None:
+def test_several_products_are_those_one_by_one(
+    biased: bool, compute: Any, platform: str
+) -> None:
     keys = jax.random.split(jax.random.key(0), 6)
     x = jax.random.normal(keys[0], (4, 8, 16))
     matrices = [
@@ -257,7 +261,7 @@ def test_several_products_are_those_one_by_one(biased: bool, compute: Any) -> No
     def each(x: Any, matrices: Any, biases: Any) -> Any:
         return [linear(x, w, b) for w, b in zip(matrices, biases, strict=True)]
 
-    with ambient(compute=compute):
+    with ambient(compute=compute, platform=platform):
         ours, theirs = (
             jax.value_and_grad(
                 lambda *args, fn=fn: total(fn, *args), argnums=(0, 1, 2)
