@@ -21,7 +21,7 @@ from jaxspeed.cache import Cache
 from jaxspeed.config import ConfigError
 from jaxspeed.pipeline import AXIS as STAGE, one_behind_another
 from jaxspeed.remat import checkpoint_layer
-from jaxspeed.sharding import Weight, is_weight, materialise
+from jaxspeed.sharding import Weight, is_weight, materialise, shard
 from jaxspeed.types import Params, PyTree
 
 
@@ -95,8 +95,8 @@ class Layers(nnx.Module):
             layer_key = None if key is None else jax.random.fold_in(key, index)
             inner = None if auxiliary is None else Auxiliary()
             with ambient(dropout_key=layer_key, auxiliary=inner):
-                x = nnx.merge(graphdef, whole)(x, *args, *each)
-            return x, None if inner is None else inner.arrays()
+                x = nnx.merge(graphdef, whole)(_residual(x), *args, *each)
+            return _residual(x), None if inner is None else inner.arrays()
 
         if cache is not None:
             if settings.stage > 1:
@@ -163,6 +163,11 @@ class Layers(nnx.Module):
                 kept.append(entry)
         cache.keep(kept)
         return x
+
+
+def _residual(x: jax.Array) -> jax.Array:
+    """Returns what goes from block to block, constrained to lie as the axis `tensor` has it between products."""
+    return shard(x, "batch", "seq", "embed") if x.ndim == 3 else x
 
 
 @jax.tree_util.register_dataclass

@@ -145,18 +145,7 @@ def place(
     dims = dims or (None,) * len(shape)
     assert len(dims) == len(shape), (dims, shape)
     free = [i for i, name in enumerate(dims) if name != "layers"]
-    tensor = (
-        next(
-            (
-                i
-                for i in free
-                if dims[i] in TENSOR_DIMS and shape[i] % sizes["tensor"] == 0
-            ),
-            None,
-        )
-        if sizes["tensor"] > 1
-        else None
-    )
+    tensor = tensor_dim(shape, dims, sizes["tensor"])
     staged = sizes["stage"] == 1 or dims[:1] == ("layers",)
     expert = dims.index("expert") if "expert" in dims and sizes["expert"] > 1 else None
     negative = lambda i: None if i is None else i - len(shape)
@@ -181,6 +170,41 @@ def place(
     if math.prod(shape[i] for i in free) < zero.param_persistence_threshold:
         sharded -= {"compute"}
     return dataclasses.replace(kept, zero_dim=negative(best), sharded=sharded)
+
+
+def tensor_dim(
+    shape: tuple[int, ...], dims: tuple[str | None, ...], size: int
+) -> int | None:
+    """Returns which dim of a parameter the axis `tensor` splits: the first one of `TENSOR_DIMS` that this size of the axis divides."""
+    divides = (
+        i for i, name in enumerate(dims) if name in TENSOR_DIMS and shape[i] % size == 0
+    )
+    return next(divides, None) if size > 1 else None
+
+
+def opened(parameter: Any) -> tuple[Any, int | None]:
+    """Returns what a model's parameter holds, and which dim of it the axis `tensor` splits.
+
+    Args:
+        parameter: with `dims`, as `jaxspeed.nn.param` makes it; of anything else nothing is known.
+    """
+    dims = getattr(parameter, "dims", None)
+    if dims is None:
+        return parameter, None
+    held = parameter[...]
+    known = isinstance(held, jax.Array) and held.ndim == len(dims)
+    return held, tensor_dim(held.shape, dims, current().tensor) if known else None
+
+
+def splits_sequence(length: int) -> bool:
+    """Whether the devices of `tensor` share the tokens of a sequence between its products (Megatron's sequence parallelism, arXiv 2205.05198 section 4.2.2).
+
+    They do wherever they divide it, but not while text is written, a token at a time.
+    """
+    settings = current()
+    return (
+        settings.tensor > 1 and settings.cache is None and not length % settings.tensor
+    )
 
 
 def matrix_inputs(dims: tuple[str | None, ...]) -> int:
@@ -323,9 +347,9 @@ def is_placement(x: Any) -> bool:
 
 
 def shard(x: Array, *dims: str | None) -> Array:
-    """Constrains an activation: logical dims in `TENSOR_DIMS` go over `tensor`, the rest are whole.
+    """Constrains an activation: logical dims in `TENSOR_DIMS` go over `tensor`; in the residual stream, whose last dim is `embed`, `seq` does.
 
-    Rows and sequences are split outside (those axes are manual), so `batch` and `seq` say nothing here yet.
+    Rows, and sequences over `context`, are split outside (those axes are manual): `batch` says nothing here.
     """
     settings = current()
     if settings.tensor == 1:
@@ -334,6 +358,9 @@ def shard(x: Array, *dims: str | None) -> Array:
         "tensor" if d in TENSOR_DIMS and n % settings.tensor == 0 else None
         for d, n in zip(dims, x.shape, strict=True)
     ]
+    if dims[-1] == "embed" and "seq" in dims and not any(axes):
+        place = dims.index("seq")
+        axes[place] = "tensor" if splits_sequence(x.shape[place]) else None
     return jax.lax.with_sharding_constraint(x, P(*axes))
 
 

@@ -12,6 +12,9 @@ class TrainingError(RuntimeError):
     """Training cannot go on: one line with step, cause and what to change. What was saved stays."""
 
 
+Parameter = Any
+"""A model's parameter as `jaxspeed.nn.param` makes it, by whose `dims` it is known what a mesh axis splits; an array; or what stands in its place (`jaxspeed.sharding.Adapted`, `jaxspeed.tiles.Tiled`)."""
+
 PyTree = Any
 """Any nest of dicts, tuples and dataclasses with arrays at the leaves."""
 
@@ -66,7 +69,7 @@ class CausalLM(Protocol):
         """Returns the normalised last hidden states."""
         ...
 
-    def output_embedding(self) -> Float[Array, "V D"]:
+    def output_embedding(self) -> Parameter:
         """Returns the matrix that turns hidden states into logits."""
         ...
 
@@ -99,7 +102,7 @@ class MaskedLM(Protocol):
         """Returns what the output embedding turns into logits: the head's transform is done."""
         ...
 
-    def output_embedding(self) -> Float[Array, "V D"]:
+    def output_embedding(self) -> Parameter:
         """Returns the matrix that turns hidden states into logits."""
         ...
 
@@ -157,6 +160,6 @@ class Seq2Seq(Protocol):
         """
         ...
 
-    def output_embedding(self) -> Float[Array, "V D"]:
+    def output_embedding(self) -> Parameter:
         """Returns the matrix that turns hidden states into logits."""
         ...

@@ -21,6 +21,7 @@ from jaxspeed.config import ConfigError
 from jaxspeed.hf import Exchange, Row, required, setting
 from jaxspeed.nn import Layers, param
 from jaxspeed.sharding import shard
+from jaxspeed.types import Parameter
 
 
 RESERVED_POSITIONS = 2
@@ -179,7 +180,7 @@ class Embedding(nnx.Module):
         if self.scale:
             x = x * x.shape[-1] ** 0.5
         if self.learned:
-            x = x + ops.embed(self.positions[...], positions + RESERVED_POSITIONS)
+            x = x + ops.embed(self.positions, positions + RESERVED_POSITIONS)
         else:
             x = x + sinusoids(positions, x.shape[-1]).astype(x.dtype)
         return self.norm(x) if self.normed else x
@@ -215,7 +216,7 @@ class Attention(nnx.Module):
         causal: bool,
     ) -> Float[Array, "B T D"]:
         """Returns what each position gathers from its text, from earlier positions only if causal."""
-        matrices = (self.wq[...], self.wk[...], self.wv[...])
+        matrices = (self.wq, self.wk, self.wv)
         biases = (self.bq[...], self.bk[...], self.bv[...])
         q, k, v = ops.linears(x, matrices, biases)
         return self._out(ops.attention(q, k, v, segment_ids, causal=causal))
@@ -231,7 +232,7 @@ class Attention(nnx.Module):
         k, v = ops.remember(lambda: self._keys_and_values(memory))
         if memory_segment_ids is None:
             memory_segment_ids = jnp.ones(k.shape[:2], jnp.int32)
-        (q,) = ops.linears(x, (self.wq[...],), (self.bq[...],))
+        (q,) = ops.linears(x, (self.wq,), (self.bq[...],))
         attended = ops.attention(
             q,
             k,
@@ -249,7 +250,7 @@ class Attention(nnx.Module):
 
     def _out(self, attended: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
         attended = shard(attended, "batch", "seq", "heads", "head_dim")
-        return ops.linear(attended, self.wo[...], self.bo[...], contract=2)
+        return ops.linear(attended, self.wo, self.bo[...], contract=2)
 
 
 class MLP(nnx.Module):
@@ -265,9 +266,9 @@ class MLP(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Returns w_down f(w_up x), with biases."""
-        up = shard(ops.linear(x, self.w_up[...], self.b_up[...]), "batch", "seq", "mlp")
+        up = shard(ops.linear(x, self.w_up, self.b_up[...]), "batch", "seq", "mlp")
         inner = ACTIVATIONS[self.activation](up)
-        return ops.linear(inner, self.w_down[...], self.b_down[...])
+        return ops.linear(inner, self.w_down, self.b_down[...])
 
 
 class EncoderBlock(nnx.Module):
@@ -282,7 +283,6 @@ class EncoderBlock(nnx.Module):
         self, x: Float[Array, "B S D"], segment_ids: Int[Array, "B S"] | None
     ) -> Float[Array, "B S D"]:
         """Returns the residual stream after this block."""
-        x = shard(x, "batch", "seq", "embed")
         attend = lambda x: self.attn.within(x, segment_ids, causal=False)
         x = _around(self, attend, x, self.attn_norm, site=0)
         return _around(self, self.mlp, x, self.mlp_norm, site=1)
@@ -305,7 +305,6 @@ class DecoderBlock(nnx.Module):
         memory_segment_ids: Int[Array, "B S"] | None,
     ) -> Float[Array, "B T D"]:
         """Returns the residual stream after this block."""
-        x = shard(x, "batch", "seq", "embed")
         attend = lambda x: self.attn.within(x, segment_ids, causal=True)
         read = lambda x: self.cross.across(x, segment_ids, memory, memory_segment_ids)
         x = _around(self, attend, x, self.attn_norm, site=2)
@@ -353,7 +352,7 @@ class Bart(nnx.Module):
     ) -> Float[Array, "B S D"]:
         """Returns the memory: the encoder's last hidden states. Positions count from each segment's beginning."""
         positions = None if segment_ids is None else ops.document_places(segment_ids)
-        x = self.encoder_embed(ops.embed(self.embed[...], inputs), positions)
+        x = self.encoder_embed(ops.embed(self.embed, inputs), positions)
         x = self.encoder(ops.dropout(x, self.dropout, site=0), segment_ids)
         return self.encoder_norm(x) if self.norm_first else x
 
@@ -367,14 +366,14 @@ class Bart(nnx.Module):
         memory_segment_ids: Int[Array, "B S"] | None = None,
     ) -> Float[Array, "B T D"]:
         """Returns the decoder's last hidden states."""
-        x = self.decoder_embed(ops.embed(self.embed[...], decoder_inputs), positions)
+        x = self.decoder_embed(ops.embed(self.embed, decoder_inputs), positions)
         x = ops.dropout(x, self.dropout, site=1)
         x = self.decoder(x, segment_ids, memory, memory_segment_ids)
         return self.decoder_norm(x) if self.norm_first else x
 
-    def output_embedding(self) -> Float[Array, "V D"]:
+    def output_embedding(self) -> Parameter:
         """Returns the input embedding: it is tied."""
-        return self.embed[...]
+        return self.embed
 
     def output_bias(self) -> Float[Array, " V"]:
         """Returns what is added to the logits; it is not trained."""

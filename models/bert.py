@@ -30,6 +30,7 @@ from jaxspeed.hf import (
 )
 from jaxspeed.nn import Layers, param
 from jaxspeed.sharding import shard
+from jaxspeed.types import Parameter
 from models.heads import Dense, Labels, MaskedTokens, check_labels, refuse_text
 
 
@@ -165,13 +166,11 @@ class Attention(nnx.Module):
         heads = ("batch", "seq", "heads", "head_dim")
         q, k, v = ops.linears(
             x,
-            (self.wq[...], self.wk[...], self.wv[...]),
+            (self.wq, self.wk, self.wv),
             (self.bq[...], self.bk[...], self.bv[...]),
         )
         attended = ops.attention(q, k, v, segment_ids, causal=False)
-        return ops.linear(
-            shard(attended, *heads), self.wo[...], self.bo[...], contract=2
-        )
+        return ops.linear(shard(attended, *heads), self.wo, self.bo[...], contract=2)
 
 
 class MLP(nnx.Module):
@@ -186,9 +185,9 @@ class MLP(nnx.Module):
 
     def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         """Returns w_down gelu(w_up x), with biases."""
-        up = shard(ops.linear(x, self.w_up[...], self.b_up[...]), "batch", "seq", "mlp")
+        up = shard(ops.linear(x, self.w_up, self.b_up[...]), "batch", "seq", "mlp")
         inner = jax.nn.gelu(up, approximate=False)
-        return ops.linear(inner, self.w_down[...], self.b_down[...])
+        return ops.linear(inner, self.w_down, self.b_down[...])
 
 
 class Block(nnx.Module):
@@ -205,7 +204,6 @@ class Block(nnx.Module):
         self, x: Float[Array, "B S D"], segment_ids: Int[Array, "B S"] | None
     ) -> Float[Array, "B S D"]:
         """Returns the residual stream after this block."""
-        x = shard(x, "batch", "seq", "embed")
         attended = ops.dropout(self.attn(x, segment_ids), self.dropout, site=0)
         x = self.attn_norm(x + attended)
         return self.mlp_norm(x + ops.dropout(self.mlp(x), self.dropout, site=1))
@@ -249,12 +247,10 @@ class Bert(nnx.Module):
                     f"inputs have {inputs.shape[1]} tokens; the model has {limit} positions; raise model.max_seq_len"
                 )
             positions = ops.row_places(inputs.shape)
-        x = ops.embed(self.embed[...], inputs) + ops.embed(
-            self.positions[...], positions
-        )
+        x = ops.embed(self.embed, inputs) + ops.embed(self.positions[...], positions)
         if self.typed:
             token_types = jnp.zeros_like(inputs) if token_types is None else token_types
-            x = x + ops.embed(self.token_types[...], token_types)
+            x = x + ops.embed(self.token_types, token_types)
         x = ops.dropout(self.embed_norm(x), self.dropout, site=2)
         x = self.layers(x, segment_ids)
         return self.predictions(x) if self.head == "mlm" else x
@@ -265,11 +261,11 @@ class Bert(nnx.Module):
         first = self.pool(hidden[:, 0])
         return jnp.tanh(first) if self.pooler else jax.nn.relu(first)
 
-    def output_embedding(self) -> Float[Array, "V D"]:
+    def output_embedding(self) -> Parameter:
         """Returns the input embedding: it is tied."""
         if self.head != "mlm":
             refuse_text(self.head)
-        return self.embed[...]
+        return self.embed
 
     def output_bias(self) -> Float[Array, " V"]:
         """Returns the bias of the logits of masked tokens."""
@@ -287,7 +283,7 @@ class Bert(nnx.Module):
         if self.head == "none":
             return x
         if self.head == "mlm":
-            return ops.linear(x, self.embed[...].T, self.output_bias())
+            return ops.linear(x, self.embed.T, self.output_bias())
         x = self.pooled(x) if self.head == "classify" else x
         return self.labels(ops.dropout(x, self.dropout, site=3))
 

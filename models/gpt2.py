@@ -17,6 +17,7 @@ from jaxspeed import ops
 from jaxspeed.hf import Exchange, Heads, Row, required, setting
 from jaxspeed.nn import Layers, param
 from jaxspeed.sharding import shard
+from jaxspeed.types import Parameter
 from models.heads import (
     DecoderHead,
     OfDecoder,
@@ -142,11 +143,11 @@ class Attention(nnx.Module):
         heads = ("batch", "seq", "heads", "head_dim")
         q, k, v = ops.linears(
             x,
-            (self.wq[...], self.wk[...], self.wv[...]),
+            (self.wq, self.wk, self.wv),
             (self.bq[...], self.bk[...], self.bv[...]),
         )
         attended = shard(ops.attention(q, k, v, segment_ids), *heads)
-        return ops.linear(attended, self.wo[...], self.bo[...], contract=2)
+        return ops.linear(attended, self.wo, self.bo[...], contract=2)
 
 
 class MLP(nnx.Module):
@@ -162,8 +163,8 @@ class MLP(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Returns w_down gelu(w_up x), with biases."""
-        up = shard(ops.linear(x, self.w_up[...], self.b_up[...]), "batch", "seq", "mlp")
-        return ops.linear(ops.gelu(up), self.w_down[...], self.b_down[...])
+        up = shard(ops.linear(x, self.w_up, self.b_up[...]), "batch", "seq", "mlp")
+        return ops.linear(ops.gelu(up), self.w_down, self.b_down[...])
 
 
 class Block(nnx.Module):
@@ -180,7 +181,6 @@ class Block(nnx.Module):
         self, x: Float[Array, "B T D"], segment_ids: Int[Array, "B T"] | None
     ) -> Float[Array, "B T D"]:
         """Returns the residual stream after this block."""
-        x = shard(x, "batch", "seq", "embed")
         x = x + ops.dropout(
             self.attn(self.attn_norm(x), segment_ids), self.dropout, site=0
         )
@@ -220,17 +220,15 @@ class GPT2(nnx.Module):
                     f"inputs have {inputs.shape[1]} tokens; the model has {limit} positions; raise model.max_seq_len"
                 )
             positions = ops.row_places(inputs.shape)
-        x = ops.embed(self.embed[...], inputs) + ops.embed(
-            self.positions[...], positions
-        )
+        x = ops.embed(self.embed, inputs) + ops.embed(self.positions[...], positions)
         x = ops.dropout(x, self.dropout, site=2)
         return self.final_norm(self.layers(x, segment_ids))
 
-    def output_embedding(self) -> Float[Array, "V D"]:
+    def output_embedding(self) -> Parameter:
         """Returns the input embedding: it is tied."""
         if self.labelled:
             refuse_text(self.head.head)
-        return self.embed[...]
+        return self.embed
 
     def __call__(
         self,

@@ -41,7 +41,7 @@ class Labels(nnx.Module):
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B C"]:
         """Returns w x, with a bias if it has one."""
-        return ops.linear(x, self.w[...], self.b[...] if self.biased else None)
+        return ops.linear(x, self.w, self.b[...] if self.biased else None)
 
 
 class Dense(nnx.Module):
@@ -53,7 +53,7 @@ class Dense(nnx.Module):
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         """Returns w x + b."""
-        return ops.linear(x, self.w[...], self.b[...])
+        return ops.linear(x, self.w, self.b[...])
 
 
 class MaskedTokens(nnx.Module):

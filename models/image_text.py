@@ -21,6 +21,7 @@ from jaxspeed import ops
 from jaxspeed.hf import Exchange, Row, required, setting
 from jaxspeed.nn import Layers, param
 from jaxspeed.sharding import shard
+from jaxspeed.types import Parameter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,7 +198,7 @@ class Attention(nnx.Module):
         causal: bool,
     ) -> Float[Array, "B T D"]:
         """Returns what each position gathers from its document, from earlier positions only if causal."""
-        matrices = (self.wq[...], self.wk[...], self.wv[...])
+        matrices = (self.wq, self.wk, self.wv)
         biases = (self.bq[...], self.bk[...], self.bv[...])
         q, k, v = ops.linears(x, matrices, biases)
         return self._out(ops.attention(q, k, v, segment_ids, causal=causal))
@@ -210,7 +211,7 @@ class Attention(nnx.Module):
         memory_segment_ids: Int[Array, "B S"] | None,
     ) -> Float[Array, "B T D"]:
         """Returns what each position gathers from the memory of its segment; without such, from all of it."""
-        (q,) = ops.linears(x, (self.wq[...],), (self.bq[...],))
+        (q,) = ops.linears(x, (self.wq,), (self.bq[...],))
         k, v = ops.remember(lambda: self._keys_and_values(memory))
         if memory_segment_ids is None:
             segment_ids = None
@@ -226,7 +227,7 @@ class Attention(nnx.Module):
 
     def _out(self, attended: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
         attended = shard(attended, "batch", "seq", "heads", "head_dim")
-        return ops.linear(attended, self.wo[...], self.bo[...], contract=2)
+        return ops.linear(attended, self.wo, self.bo[...], contract=2)
 
 
 class MLP(nnx.Module):
@@ -249,9 +250,9 @@ class MLP(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Returns w_down gelu(w_up x), with biases."""
-        up = shard(ops.linear(x, self.w_up[...], self.b_up[...]), "batch", "seq", "mlp")
+        up = shard(ops.linear(x, self.w_up, self.b_up[...]), "batch", "seq", "mlp")
         inner = jax.nn.gelu(up, approximate=False) if self.exact else ops.gelu(up)
-        return ops.linear(inner, self.w_down[...], self.b_down[...])
+        return ops.linear(inner, self.w_down, self.b_down[...])
 
 
 class Patches(nnx.Module):
@@ -280,13 +281,13 @@ class Patches(nnx.Module):
         rows = shape[0] // self.size
         cut = pixels.reshape(B, rows, self.size, rows, self.size, shape[2])
         cut = cut.swapaxes(2, 3).reshape(B, rows * rows, self.size, self.size, shape[2])
-        x = ops.linear(cut, self.w_patch[...], self.b_patch[...], contract=3)
+        x = ops.linear(cut, self.w_patch, self.b_patch[...], contract=3)
         first = jnp.broadcast_to(
             self.class_token[...].astype(x.dtype).reshape(1, 1, -1), (B, 1, x.shape[2])
         )
         x = jnp.concatenate([first, x], axis=1)
         places = ops.row_places(x.shape[:2])
-        return x + ops.embed(self.positions[...], places)
+        return x + ops.embed(self.positions, places)
 
 
 class ImageBlock(nnx.Module):
@@ -303,7 +304,6 @@ class ImageBlock(nnx.Module):
 
     def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         """Returns the residual stream after this block."""
-        x = shard(x, "batch", "seq", "embed")
         y = self.attn.within(self.attn_norm(x), causal=False)
         x = x + ops.dropout(y, self.dropout, site=0)
         return x + ops.dropout(self.mlp(self.mlp_norm(x)), self.dropout, site=1)
@@ -331,7 +331,6 @@ class TextBlock(nnx.Module):
         memory_segment_ids: Int[Array, "B S"] | None,
     ) -> Float[Array, "B T D"]:
         """Returns the residual stream after this block."""
-        x = shard(x, "batch", "seq", "embed")
         y = self.attn.within(self.attn_norm(x), segment_ids, causal=True)
         x = x + ops.dropout(y, self.dropout, site=2)
         y = self.cross.across(
@@ -370,7 +369,7 @@ class ImageText(nnx.Module):
         x = ops.dropout(self.patches(inputs), self.dropout, site=5)
         x = self.encoder_norm(self.encoder(x))
         if self.projected:
-            x = ops.linear(x, self.w_bridge[...], self.b_bridge[...])
+            x = ops.linear(x, self.w_bridge, self.b_bridge[...])
         return x
 
     def hidden(
@@ -390,8 +389,8 @@ class ImageText(nnx.Module):
                     f"decoder_inputs have {length} tokens; the model has {limit} positions; raise model.max_seq_len"
                 )
             positions = ops.row_places(decoder_inputs.shape)
-        x = ops.embed(self.embed[...], decoder_inputs)
-        x = x + ops.embed(self.positions[...], positions)
+        x = ops.embed(self.embed, decoder_inputs)
+        x = x + ops.embed(self.positions, positions)
         x = self.decoder(
             ops.dropout(x, self.dropout, site=6),
             segment_ids,
@@ -400,9 +399,9 @@ class ImageText(nnx.Module):
         )
         return self.decoder_norm(x)
 
-    def output_embedding(self) -> Float[Array, "V D"]:
+    def output_embedding(self) -> Parameter:
         """Returns the decoder's input embedding: it is tied."""
-        return self.embed[...]
+        return self.embed
 
     def __call__(
         self,

@@ -23,6 +23,7 @@ from jaxspeed.config import ConfigError
 from jaxspeed.hf import Exchange, Heads, Row, required, setting
 from jaxspeed.nn import Layers, param
 from jaxspeed.sharding import shard
+from jaxspeed.types import Parameter
 from models.heads import (
     DecoderHead,
     OfDecoder,
@@ -281,7 +282,7 @@ class Attention(nnx.Module):
     ) -> Float[Array, "B T D"]:
         """Returns what each position gathers from the earlier ones of its document."""
         biases = (self.bq[...], self.bk[...], self.bv[...]) if self.biased else ()
-        q, k, v = ops.linears(x, (self.wq[...], self.wk[...], self.wv[...]), biases)
+        q, k, v = ops.linears(x, (self.wq, self.wk, self.wv), biases)
         if self.normed:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = (
@@ -293,7 +294,7 @@ class Attention(nnx.Module):
         )
         attended = shard(attended, "batch", "seq", "heads", "head_dim")
         bo = None if self.bo is None else self.bo[...]
-        return ops.linear(attended, self.wo[...], bo, contract=2)
+        return ops.linear(attended, self.wo, bo, contract=2)
 
 
 class MLP(nnx.Module):
@@ -310,9 +311,9 @@ class MLP(nnx.Module):
     ) -> Float[Array, "B T D"]:
         """Returns w_down(silu(w_gate(x)) * w_up(x)), of padding too."""
         del segment_ids
-        gate, up = ops.linears(x, (self.w_gate[...], self.w_up[...]))
+        gate, up = ops.linears(x, (self.w_gate, self.w_up))
         return ops.linear(
-            shard(ops.silu_gate(gate, up), "batch", "seq", "mlp"), self.w_down[...]
+            shard(ops.silu_gate(gate, up), "batch", "seq", "mlp"), self.w_down
         )
 
 
@@ -346,7 +347,6 @@ class Block(nnx.Module):
         """Returns the residual stream after this block."""
         if rotated is not None:
             positions = jnp.where(rotated, positions, 0)
-        x = shard(x, "batch", "seq", "embed")
         attended = self.attn(self.attn_norm(x), positions, segment_ids, windowed)
         x = x + ops.dropout(attended, self.dropout, site=0)
         mixed = self.mlp(self.mlp_norm(x), segment_ids)
@@ -387,14 +387,14 @@ class Llama(nnx.Module):
         if positions is None:
             positions = ops.row_places(inputs.shape)
         each = tuple(flags and jnp.asarray(flags) for flags in self.each)
-        x = ops.embed(self.embed[...], inputs)
+        x = ops.embed(self.embed, inputs)
         return self.final_norm(self.layers(x, positions, segment_ids, each=each))
 
-    def output_embedding(self) -> Float[Array, "V D"]:
+    def output_embedding(self) -> Parameter:
         """Returns the output embedding."""
         if self.labelled:
             refuse_text(self.head.head)
-        return self.lm_head[...] if self.unties else self.embed[...]
+        return self.lm_head if self.unties else self.embed
 
     def __call__(
         self,

@@ -124,10 +124,10 @@ class Mixture(nnx.Module):
         )
         y = ops.experts(x, routing, self.w_gate[...], self.w_up[...], self.w_down[...])
         if self.shares:
-            gate = jax.nn.sigmoid(ops.linear(x, self.shared_gate[...]))
+            gate = jax.nn.sigmoid(ops.linear(x, self.shared_gate))
             y = y + gate * self.shared(x)
         if self.residual:
-            mix = ops.linear(x, self.mix[...], self.mix_bias[...])
+            mix = ops.linear(x, self.mix, self.mix_bias[...])
             mix = jax.nn.softmax(mix, axis=-1).astype(y.dtype)
             y = y * mix[..., :1] + self.dense(x) * mix[..., 1:]
         return y

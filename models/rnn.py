@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 from jaxspeed import ops
 from jaxspeed.hf import Exchange, Heads, Row, required, setting
 from jaxspeed.nn import Layers, param
-from jaxspeed.sharding import shard
+from jaxspeed.types import Parameter
 from models.heads import (
     DecoderHead,
     OfDecoder,
@@ -128,7 +128,6 @@ class Block(nnx.Module):
         self, x: Float[Array, "B T D"], segment_ids: Int[Array, "B T"] | None
     ) -> Float[Array, "B T D"]:
         """Returns the layer's outputs."""
-        x = shard(x, "batch", "seq", "embed")
         h = ops.recurrence(
             self.cell,
             x,
@@ -171,17 +170,17 @@ class RNN(nnx.Module):
     ) -> Float[Array, "B T D"]:
         """Returns the last layer's outputs, in the width of the embedding. Positions change nothing."""
         del positions
-        x = ops.dropout(ops.embed(self.embed[...], inputs), self.dropout, site=1)
+        x = ops.dropout(ops.embed(self.embed, inputs), self.dropout, site=1)
         if self.projected:
-            x = ops.linear(x, self.w_enter[...])
+            x = ops.linear(x, self.w_enter)
         x = self.layers(x, segment_ids)
-        return ops.linear(x, self.w_leave[...]) if self.projected else x
+        return ops.linear(x, self.w_leave) if self.projected else x
 
-    def output_embedding(self) -> Float[Array, "V D"]:
+    def output_embedding(self) -> Parameter:
         """Returns the output embedding."""
         if self.labelled:
             refuse_text(self.head.head)
-        return self.embed[...] if self.tied else self.lm_head[...]
+        return self.embed if self.tied else self.lm_head
 
     def __call__(
         self,

@@ -22,6 +22,7 @@ from jaxspeed import ops
 from jaxspeed.hf import Exchange, Row, required, setting
 from jaxspeed.nn import Layers, param
 from jaxspeed.sharding import shard
+from jaxspeed.types import Parameter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,7 +205,7 @@ class Attention(nnx.Module):
                 max_distance=self.max_distance,
             )
 
-        q, k, v = ops.linears(x, (self.wq[...], self.wk[...], self.wv[...]))
+        q, k, v = ops.linears(x, (self.wq, self.wk, self.wv))
         attended = ops.attention(
             q, k, v, segment_ids, causal=causal, bias=bias, scale=1.0
         )
@@ -218,7 +219,7 @@ class Attention(nnx.Module):
         memory_segment_ids: Int[Array, "B S"] | None,
     ) -> Float[Array, "B T D"]:
         """Returns what each position gathers from its document in the memory."""
-        (q,) = ops.linears(x, (self.wq[...],))
+        (q,) = ops.linears(x, (self.wq,))
         k, v = ops.remember(lambda: self._keys_and_values(memory))
         if memory_segment_ids is None:
             memory_segment_ids = jnp.ones(k.shape[:2], jnp.int32)
@@ -235,11 +236,11 @@ class Attention(nnx.Module):
 
     def _keys_and_values(self, x: Float[Array, "B S D"] | None) -> tuple[Array, ...]:
         assert x is not None, "memory is read at the first pass"
-        return ops.linears(x, (self.wk[...], self.wv[...]))
+        return ops.linears(x, (self.wk, self.wv))
 
     def _out(self, attended: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
         attended = shard(attended, "batch", "seq", "heads", "head_dim")
-        return ops.linear(attended, self.wo[...], contract=2)
+        return ops.linear(attended, self.wo, contract=2)
 
 
 class MLP(nnx.Module):
@@ -256,12 +257,12 @@ class MLP(nnx.Module):
     def __call__(self, x: Float[Array, "B T D"], *, site: int) -> Float[Array, "B T D"]:
         """Returns w_down(relu(w_up x)), or w_down(gelu(w_gate x) * w_up x)."""
         if self.gated:
-            gate, up = ops.linears(x, (self.w_gate[...], self.w_up[...]))
+            gate, up = ops.linears(x, (self.w_gate, self.w_up))
             inner = ops.gelu(gate) * up
         else:
-            inner = jax.nn.relu(ops.linear(x, self.w_up[...]))
+            inner = jax.nn.relu(ops.linear(x, self.w_up))
         inner = ops.dropout(shard(inner, "batch", "seq", "mlp"), self.dropout, site)
-        return ops.linear(inner, self.w_down[...])
+        return ops.linear(inner, self.w_down)
 
 
 class EncoderBlock(nnx.Module):
@@ -281,7 +282,6 @@ class EncoderBlock(nnx.Module):
         segment_ids: Int[Array, "B S"] | None,
     ) -> Float[Array, "B S D"]:
         """Returns the residual stream after this block."""
-        x = shard(x, "batch", "seq", "embed")
         y = self.attn.within(self.attn_norm(x), segment_ids, table, causal=False)
         x = x + ops.dropout(y, self.dropout, site=0)
         return x + ops.dropout(self.mlp(self.mlp_norm(x), site=1), self.dropout, site=2)
@@ -308,7 +308,6 @@ class DecoderBlock(nnx.Module):
         memory_segment_ids: Int[Array, "B S"] | None,
     ) -> Float[Array, "B T D"]:
         """Returns the residual stream after this block."""
-        x = shard(x, "batch", "seq", "embed")
         y = self.attn.within(self.attn_norm(x), segment_ids, table, causal=True)
         x = x + ops.dropout(y, self.dropout, site=3)
         y = self.cross.across(
@@ -342,7 +341,7 @@ class T5(nnx.Module):
         self, inputs: Int[Array, "B S"], segment_ids: Int[Array, "B S"] | None = None
     ) -> Float[Array, "B S D"]:
         """Returns the memory: the encoder's normalised last hidden states."""
-        x = ops.dropout(ops.embed(self.embed[...], inputs), self.dropout, site=0)
+        x = ops.dropout(ops.embed(self.embed, inputs), self.dropout, site=0)
         x = self.encoder(x, self.encoder_bias[...], segment_ids)
         return ops.dropout(self.encoder_norm(x), self.dropout, site=1)
 
@@ -360,7 +359,7 @@ class T5(nnx.Module):
         Positions change nothing: distances in the row decide.
         """
         del positions
-        x = ops.embed(self.embed[...], decoder_inputs)
+        x = ops.embed(self.embed, decoder_inputs)
         x = self.decoder(
             ops.dropout(x, self.dropout, site=2),
             self.decoder_bias[...],
@@ -371,9 +370,9 @@ class T5(nnx.Module):
         x = ops.dropout(self.decoder_norm(x), self.dropout, site=3)
         return x * x.shape[-1] ** -0.5 if self.tied else x
 
-    def output_embedding(self) -> Float[Array, "V D"]:
+    def output_embedding(self) -> Parameter:
         """Returns the output embedding."""
-        return self.embed[...] if self.tied else self.lm_head[...]
+        return self.embed if self.tied else self.lm_head
 
     def __call__(
         self,

@@ -159,11 +159,11 @@ class Attention(nnx.Module):
         heads = ("batch", "seq", "heads", "head_dim")
         q, k, v = ops.linears(
             x,
-            (self.wq[...], self.wk[...], self.wv[...]),
+            (self.wq, self.wk, self.wv),
             (self.bq[...], self.bk[...], self.bv[...]),
         )
         attended = shard(ops.attention(q, k, v, causal=False), *heads)
-        return ops.linear(attended, self.wo[...], self.bo[...], contract=2)
+        return ops.linear(attended, self.wo, self.bo[...], contract=2)
 
 
 class MLP(nnx.Module):
@@ -178,9 +178,9 @@ class MLP(nnx.Module):
 
     def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         """Returns w_down gelu(w_up x), with biases."""
-        up = shard(ops.linear(x, self.w_up[...], self.b_up[...]), "batch", "seq", "mlp")
+        up = shard(ops.linear(x, self.w_up, self.b_up[...]), "batch", "seq", "mlp")
         inner = jax.nn.gelu(up, approximate=False)
-        return ops.linear(inner, self.w_down[...], self.b_down[...])
+        return ops.linear(inner, self.w_down, self.b_down[...])
 
 
 class Block(nnx.Module):
@@ -195,7 +195,6 @@ class Block(nnx.Module):
 
     def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         """Returns the residual stream after this block."""
-        x = shard(x, "batch", "seq", "embed")
         x = x + ops.dropout(self.attn(self.attn_norm(x)), self.dropout, site=0)
         return x + ops.dropout(self.mlp(self.mlp_norm(x)), self.dropout, site=1)
 
@@ -226,13 +225,13 @@ class Patches(nnx.Module):
         rows = shape[0] // self.size
         cut = pixels.reshape(B, rows, self.size, rows, self.size, shape[2])
         cut = cut.swapaxes(2, 3).reshape(B, rows * rows, self.size, self.size, shape[2])
-        x = ops.linear(cut, self.w_patch[...], self.b_patch[...], contract=3)
+        x = ops.linear(cut, self.w_patch, self.b_patch[...], contract=3)
         first = jnp.broadcast_to(
             self.class_token[...].astype(x.dtype).reshape(1, 1, -1), (B, 1, x.shape[2])
         )
         x = jnp.concatenate([first, x], axis=1)
         places = ops.row_places(x.shape[:2])
-        return x + ops.embed(self.positions[...], places)
+        return x + ops.embed(self.positions, places)
 
 
 class ViT(nnx.Module):

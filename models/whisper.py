@@ -23,6 +23,7 @@ from jaxspeed.config import ConfigError
 from jaxspeed.hf import Exchange, Row, required, setting
 from jaxspeed.nn import Layers, param
 from jaxspeed.sharding import shard
+from jaxspeed.types import Parameter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,7 +179,7 @@ class Convolution(nnx.Module):
             segments = jnp.stack([padded[:, frames] for frames in around], 2)
             same = segments == segment_ids[:, ::stride, None]
             taps = jnp.where(same[..., None], taps, jnp.zeros((), taps.dtype))
-        return ops.linear(taps, self.w[...], self.bias[...], contract=2)
+        return ops.linear(taps, self.w, self.bias[...], contract=2)
 
 
 class Attention(nnx.Module):
@@ -203,7 +204,7 @@ class Attention(nnx.Module):
         causal: bool,
     ) -> Float[Array, "B T D"]:
         """Returns what each position gathers from its document, from earlier positions only if causal."""
-        matrices = (self.wq[...], self.wk[...], self.wv[...])
+        matrices = (self.wq, self.wk, self.wv)
         q, k, v = ops.linears(x, matrices, (self.bq[...], None, self.bv[...]))
         return self._out(ops.attention(q, k, v, segment_ids, causal=causal))
 
@@ -218,7 +219,7 @@ class Attention(nnx.Module):
         k, v = ops.remember(lambda: self._keys_and_values(memory))
         if memory_segment_ids is None:
             memory_segment_ids = jnp.ones(k.shape[:2], jnp.int32)
-        (q,) = ops.linears(x, (self.wq[...],), (self.bq[...],))
+        (q,) = ops.linears(x, (self.wq,), (self.bq[...],))
         attended = ops.attention(
             q,
             k,
@@ -231,12 +232,12 @@ class Attention(nnx.Module):
 
     def _keys_and_values(self, x: Float[Array, "B S D"] | None) -> tuple[Array, ...]:
         assert x is not None, "memory is read at the first pass"
-        matrices = (self.wk[...], self.wv[...])
+        matrices = (self.wk, self.wv)
         return ops.linears(x, matrices, (None, self.bv[...]))
 
     def _out(self, attended: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
         attended = shard(attended, "batch", "seq", "heads", "head_dim")
-        return ops.linear(attended, self.wo[...], self.bo[...], contract=2)
+        return ops.linear(attended, self.wo, self.bo[...], contract=2)
 
 
 class MLP(nnx.Module):
@@ -251,8 +252,8 @@ class MLP(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Returns w_down gelu(w_up x), with biases."""
-        up = shard(ops.linear(x, self.w_up[...], self.b_up[...]), "batch", "seq", "mlp")
-        return ops.linear(gelu(up), self.w_down[...], self.b_down[...])
+        up = shard(ops.linear(x, self.w_up, self.b_up[...]), "batch", "seq", "mlp")
+        return ops.linear(gelu(up), self.w_down, self.b_down[...])
 
 
 def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -274,7 +275,6 @@ class EncoderBlock(nnx.Module):
         self, x: Float[Array, "B S D"], segment_ids: Int[Array, "B S"] | None
     ) -> Float[Array, "B S D"]:
         """Returns the residual stream after this block."""
-        x = shard(x, "batch", "seq", "embed")
         y = self.attn.within(self.attn_norm(x), segment_ids, causal=False)
         x = x + ops.dropout(y, self.dropout, site=0)
         return x + ops.dropout(self.mlp(self.mlp_norm(x)), self.dropout, site=1)
@@ -300,7 +300,6 @@ class DecoderBlock(nnx.Module):
         memory_segment_ids: Int[Array, "B S"] | None,
     ) -> Float[Array, "B T D"]:
         """Returns the residual stream after this block."""
-        x = shard(x, "batch", "seq", "embed")
         y = self.attn.within(self.attn_norm(x), segment_ids, causal=True)
         x = x + ops.dropout(y, self.dropout, site=2)
         y = self.cross.across(
@@ -376,15 +375,15 @@ class Whisper(nnx.Module):
                     f"decoder_inputs have {length} tokens; the model has {limit} positions; raise model.max_seq_len"
                 )
             positions = ops.row_places(decoder_inputs.shape)
-        x = ops.embed(self.embed[...], decoder_inputs)
-        x = x + ops.embed(self.positions[...], positions)
+        x = ops.embed(self.embed, decoder_inputs)
+        x = x + ops.embed(self.positions, positions)
         x = ops.dropout(x, self.dropout, site=1)
         x = self.decoder(x, segment_ids, memory, memory_segment_ids)
         return self.decoder_norm(x)
 
-    def output_embedding(self) -> Float[Array, "V D"]:
+    def output_embedding(self) -> Parameter:
         """Returns the decoder's input embedding: it is tied."""
-        return self.embed[...]
+        return self.embed
 
     def __call__(
         self,

@@ -7,7 +7,6 @@ from jaxspeed.ops.cross_entropy import fused_cross_entropy as fused_cross_entrop
 from jaxspeed.ops.embedding import embed as embed
 from jaxspeed.ops.experts import experts as experts
 from jaxspeed.ops.linear import (
-    Matrix as Matrix,
     linear as linear,
     linears as linears,
 )

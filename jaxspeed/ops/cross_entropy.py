@@ -7,15 +7,23 @@ embedding. Peak memory is one chunk of logits; the products are the same three a
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxspeed.ambient import current
-from jaxspeed.ops.linear import dot, pack, rows_product
-from jaxspeed.types import Sums
+from jaxspeed.ops.linear import (
+    dot,
+    gather_sequence,
+    pack,
+    rows_product,
+    scatter_sequence,
+)
+from jaxspeed.sharding import opened, shard, splits_sequence
+from jaxspeed.types import Parameter, Sums
 
 
 CHUNK_TOKENS = 1024
@@ -28,7 +36,7 @@ floating-point operations: fewer tokens, and that traffic is what the step waits
 
 def fused_cross_entropy(
     hidden: Float[Array, "B T D"],
-    embedding: Float[Array, "V D"],
+    embedding: Parameter,
     targets: Int[Array, "B T"],
     mask: Bool[Array, "B T"] | None = None,
     bias: Float[Array, " V"] | None = None,
@@ -37,33 +45,65 @@ def fused_cross_entropy(
 
     Args:
         hidden: last hidden states.
-        embedding: output embedding.
+        embedding: output embedding, (V, D).
         targets: next tokens, in [0, V).
         mask: which targets count; None counts all.
         bias: of the logits.
     """
-    d_model, tokens = hidden.shape[-1], targets.size
     weights = (
         jnp.ones(targets.shape, jnp.float32)
         if mask is None
         else mask.astype(jnp.float32)
-    ).reshape(-1)
+    )
     # What does not count may be anything (-100, say), but must not index outside.
     targets = targets if mask is None else jnp.where(mask, targets, 0)
-    chunk = _chunk_tokens(tokens)
-    pad = -tokens % chunk
-    split = lambda x: jnp.pad(x, [(0, pad)] + [(0, 0)] * (x.ndim - 1)).reshape(
-        -1, chunk, *x.shape[1:]
+    table, split = opened(embedding)
+    plan = _Plan(current().compute, split == 0, False)
+    if not plan.split:
+        hidden = shard(hidden, *(None,) * hidden.ndim)
+        total: Any = _summed_loss(plan, hidden, table, bias, targets, weights)
+        return Sums(total, jnp.sum(weights))
+    plan = plan._replace(
+        scatter=targets.ndim == 2 and splits_sequence(targets.shape[1])
     )
-    total: Any = _summed_loss(
-        current().compute,
-        split(hidden.reshape(-1, d_model)),
-        embedding,
-        bias,
-        split(targets.reshape(-1)),
-        split(weights),
-    )
+    total = jax.shard_map(
+        functools.partial(_summed_loss, plan),
+        in_specs=(
+            P(None, "tensor") if plan.scatter else P(), P("tensor"), P("tensor"), P(), P(),
+        ),
+        out_specs=P(),
+        axis_names={"tensor"},
+        check_vma=False,
+    )(hidden, table, bias, targets, weights)  # fmt: skip
     return Sums(total, jnp.sum(weights))
+
+
+class _Plan(NamedTuple):
+    """What is static of a loss."""
+
+    compute: Any
+    split: bool
+    """Whether each device of `tensor` has a part of the vocabulary."""
+    scatter: bool
+    """Whether it has a part of each sequence of hidden states, too."""
+
+
+def _chunks(
+    plan: _Plan, hidden: Array, targets: Array, weights: Array
+) -> tuple[Array, Array, Array]:
+    """Returns all of them in chunks of tokens, the last one filled up."""
+    hidden = hidden.astype(plan.compute)
+    hidden = gather_sequence(hidden) if plan.scatter else hidden
+    tokens = targets.size
+    chunk = _chunk_tokens(tokens)
+
+    def cut(x: Array, *dims: int) -> Array:
+        flat = jnp.pad(
+            x.reshape(tokens, *dims), [(0, -tokens % chunk)] + [(0, 0)] * len(dims)
+        )
+        return flat.reshape(-1, chunk, *dims)
+
+    return cut(hidden, hidden.shape[-1]), cut(targets), cut(weights)
 
 
 def _chunk_tokens(tokens: int) -> int:
@@ -74,31 +114,32 @@ def _chunk_tokens(tokens: int) -> int:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _summed_loss(
-    compute: Any,
+    plan: _Plan,
     hidden: Array,
     embedding: Array,
     bias: Array | None,
     targets: Array,
     weights: Array,
 ) -> Array:
-    table = embedding.astype(compute)
+    table = embedding.astype(plan.compute)
 
     def add(total: Array, chunk: tuple[Array, Array, Array]) -> tuple[Array, None]:
         h, t, m = chunk
-        return total + _loss_and_shifted(h.astype(compute), table, bias, t, m)[0], None
+        return total + _loss_and_shifted(plan, h, table, bias, t, m)[0], None
 
-    return jax.lax.scan(add, jnp.zeros((), jnp.float32), (hidden, targets, weights))[0]
+    chunks = _chunks(plan, hidden, targets, weights)
+    return jax.lax.scan(add, jnp.zeros((), jnp.float32), chunks)[0]
 
 
 def _summed_loss_fwd(
-    compute: Any,
+    plan: _Plan,
     hidden: Array,
     embedding: Array,
     bias: Array | None,
     targets: Array,
     weights: Array,
 ) -> tuple[Array, tuple[Array, Array, Array | None]]:
-    table = embedding.astype(compute)
+    table = embedding.astype(plan.compute)
     rows = rows_product(pack(table))
 
     def add(
@@ -106,12 +147,11 @@ def _summed_loss_fwd(
     ) -> tuple[tuple[Array, Array, Array | None], Array]:
         total, d_table, d_bias = carry
         h, t, m = chunk
-        h = h.astype(compute)
-        loss, exps, norm = _loss_and_shifted(h, table, bias, t, m)
-        hit = t[:, None] == jnp.arange(table.shape[0])[None]
+        loss, exps, norm = _loss_and_shifted(plan, h, table, bias, t, m)
+        hit = (t - _first_id(plan, table))[:, None] == jnp.arange(table.shape[0])[None]
         d_logits = exps * (m / norm)[:, None] - jnp.where(hit, m[:, None], 0.0)
         d_bias = None if d_bias is None else d_bias + jnp.sum(d_logits, 0)
-        d_logits = d_logits.astype(compute)
+        d_logits = d_logits.astype(plan.compute)
         d_hidden = dot(d_logits, table, (1, 0)).astype(hidden.dtype)
         return (total + loss, d_table + rows(h, d_logits), d_bias), d_hidden
 
@@ -122,15 +162,20 @@ def _summed_loss_fwd(
         None if bias is None else jnp.zeros(bias.shape, jnp.float32),
     )
     (total, d_table, d_bias), d_hidden = jax.lax.scan(
-        add, zero, (hidden, targets, weights)
+        add, zero, _chunks(plan, hidden, targets, weights)
     )
+    d_hidden = d_hidden.reshape(-1, hidden.shape[-1])[: targets.size]
+    d_hidden = d_hidden.reshape(*targets.shape, -1)
+    d_hidden = scatter_sequence(d_hidden) if plan.scatter else d_hidden
     return total, (d_hidden, d_table.T, d_bias)
 
 
 def _summed_loss_bwd(
-    compute: Any, residuals: tuple[Array, Array, Array | None], g: Array
+    plan: _Plan, residuals: tuple[Array, Array, Array | None], g: Array
 ) -> tuple[Array, Array, Array | None, None, None]:
     d_hidden, d_table, d_bias = residuals
+    # The loss is the same on all devices of `tensor`, and so each was given a part of its gradient.
+    g = jax.lax.psum(g, "tensor") if plan.split else g
     return (
         (d_hidden.astype(jnp.float32) * g).astype(d_hidden.dtype),
         d_table * g,
@@ -144,13 +189,28 @@ _summed_loss.defvjp(_summed_loss_fwd, _summed_loss_bwd)
 
 
 def _loss_and_shifted(
-    h: Array, table: Array, bias: Array | None, targets: Array, weights: Array
+    plan: _Plan,
+    h: Array,
+    table: Array,
+    bias: Array | None,
+    targets: Array,
+    weights: Array,
 ) -> tuple[Array, Array, Array]:
     """Returns a chunk's summed loss, exp(logits - max) and the rows' sums of those."""
     logits = dot(h, table, (1, 1))
     logits = logits if bias is None else logits + bias.astype(jnp.float32)[None]
     top = jnp.max(logits, -1)
+    top = jax.lax.pmax(top, "tensor") if plan.split else top
     exps = jnp.exp(logits - top[:, None])
     norm = jnp.sum(exps, -1)
-    chosen = jnp.take_along_axis(logits, targets[:, None], -1)[:, 0]
+    own = targets - _first_id(plan, table)
+    chosen = jnp.take_along_axis(logits, own[:, None], -1, mode="clip")[:, 0]
+    if plan.split:
+        chosen = jnp.where((own >= 0) & (own < table.shape[0]), chosen, 0)
+        norm, chosen = jax.lax.psum((norm, chosen), "tensor")
     return jnp.sum((top + jnp.log(norm) - chosen) * weights), exps, norm
+
+
+def _first_id(plan: _Plan, table: Array) -> Array | int:
+    """Returns the token of this device's first row of the table."""
+    return jax.lax.axis_index("tensor") * table.shape[0] if plan.split else 0

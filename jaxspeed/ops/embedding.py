@@ -10,19 +10,47 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from jaxspeed.ambient import current
+from jaxspeed.ops.linear import scatter_sequence
+from jaxspeed.sharding import opened, splits_sequence
+from jaxspeed.types import Parameter
 
 
-def embed(table: Float[Array, "V D"], ids: Int[Array, "*B"]) -> Float[Array, "*B D"]:
-    """Returns the table's rows at ids, rounded to the compute dtype, in the activation dtype.
+def embed(table: Parameter, ids: Int[Array, "*B"]) -> Float[Array, "*B D"]:
+    """Returns the rows of a table (V, D) at ids, rounded to the compute dtype, in the activation dtype.
 
     Ids out of range take the nearest row; that they are in range is the caller's duty.
     """
     settings = current()
+    table, split = opened(table)
+    if split == 0 and ids.ndim == 2:
+        return _over_tensor(table, ids)
     rows: Any = _rows(settings.compute, table.shape[0], table, ids)
     return rows.astype(settings.activations)
+
+
+def _over_tensor(table: Array, ids: Array) -> Array:
+    """Returns rows of a table that `tensor` splits: each device looks up those it has, and their sum goes to where the sequence lies."""
+    settings, shared = current(), splits_sequence(ids.shape[1])
+
+    def local(table: Array, ids: Array) -> Array:
+        count = table.shape[0]
+        ids = ids - jax.lax.axis_index("tensor") * count
+        here = (ids >= 0) & (ids < count)
+        rows: Any = _rows(settings.compute, count, table, ids)
+        rows = jnp.where(here[..., None], rows, 0).astype(settings.activations)
+        return scatter_sequence(rows) if shared else jax.lax.psum(rows, "tensor")
+
+    return jax.shard_map(
+        local,
+        in_specs=(P("tensor"), P()),
+        out_specs=P(None, "tensor") if shared else P(),
+        axis_names={"tensor"},
+        check_vma=False,
+    )(table, jnp.clip(ids, 0, table.shape[0] - 1))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

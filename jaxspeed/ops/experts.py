@@ -22,8 +22,10 @@ from jaxtyping import Array, Float, Int
 
 from jaxspeed.ambient import current
 from jaxspeed.ops.grouped import grouped_linear, tiles_of
+from jaxspeed.ops.linear import gather_sequence, scatter_sequence
 from jaxspeed.ops.pointwise import silu_gate
 from jaxspeed.ops.route import Routing, random_order
+from jaxspeed.sharding import splits_sequence
 
 
 AXIS = "expert"
@@ -50,19 +52,24 @@ def experts(
     """
     tensor = current().tensor
     split = tensor > 1 and w_gate.shape[2] % tensor == 0
+    shared = split and splits_sequence(x.shape[1])
 
     def local(
         x: Array, chosen: Array, weights: Array, *matrices: Array
     ) -> tuple[Array, Array]:
         routed = routing._replace(experts=chosen, weights=weights)
+        x = gather_sequence(x) if shared else x
         y, kept = _experts(x, routed, *matrices)
+        if shared:
+            return scatter_sequence(y), kept
         return jax.lax.psum(y, "tensor") if split else y, kept
 
     if tensor > 1:  # each device of that axis has a part of every expert's width
         axis = "tensor" if split else None
         up, down = P(None, None, axis), P(None, axis, None)
+        tokens = P(None, "tensor") if shared else P()
         local = jax.shard_map(
-            local, in_specs=(P(), P(), P(), up, up, down), out_specs=(P(), P()),
+            local, in_specs=(tokens, P(), P(), up, up, down), out_specs=(tokens, P()),
             axis_names={"tensor"}, check_vma=False,
         )  # fmt: skip
     y, kept = local(x, routing.experts, routing.weights, w_gate, w_up, w_down)

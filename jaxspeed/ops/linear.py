@@ -23,17 +23,14 @@ from jaxtyping import Array, Float
 from jaxspeed.ambient import current
 from jaxspeed.ops.pointwise import dropout
 from jaxspeed.remat import EXPANSION, PRODUCT_NAME
-from jaxspeed.sharding import Adapted, shard
+from jaxspeed.sharding import Adapted, opened, shard, splits_sequence
 from jaxspeed.tiles import Tiled, dot_tiled
-
-
-Matrix = Float[Array, "..."] | Adapted | Tiled
-"""A parameter that a product reads: an array, or what stands in its place."""
+from jaxspeed.types import Parameter
 
 
 def linear(
     x: Float[Array, "..."],
-    w: Matrix,
+    w: Parameter,
     bias: Float[Array, "..."] | None = None,
     *,
     contract: int = 1,
@@ -49,6 +46,7 @@ def linear(
         bias: one value per output feature.
         contract: number of dims summed over.
     """
+    w, split = opened(w)
     if isinstance(w, Adapted):
         return _adapted_linear(x, w, bias, contract)
     lead, inner, outer = (
@@ -63,36 +61,91 @@ def linear(
         y: Any = dot_tiled(flat, w)
         y = y if bias is None else y + bias.reshape(1, -1)
         return y.astype(settings.activations).reshape(*lead, *outer)
+    if split is not None and len(lead) == 2 and splits_sequence(lead[1]):
+        if split >= contract:
+            return _gathered(x, [(w, bias)], [split], contract)[0]
+        return _scattered(x, w, bias, split, contract)
     made: Any = _products(_plan(contract, (False,)), x, [(w, bias)])
     return made[0]
 
 
 def linears(
     x: Float[Array, "..."],
-    matrices: Sequence[Matrix],
+    matrices: Sequence[Parameter],
     biases: Sequence[Float[Array, "..."] | None] = (),
 ) -> tuple[Float[Array, "..."], ...]:
     """Returns the products of the same activations with several matrices, as `linear` would one by one.
 
-    What they give to the gradient of x is added up before it is summed over the mesh axis `tensor`:
-    one reduction, where the products one by one have one each (Megatron's f, arXiv 1909.08053
-    section 3).
+    Their gradients of x are added up before they are summed over the mesh axis `tensor`: one
+    reduction, where the products one by one have one each (Megatron's f, arXiv 1909.08053
+    section 3). Key and value heads that `tensor` does not divide are made more than once, each
+    device those that its queries read.
 
     Args:
         x: activations, (..., D).
-        matrices: (D, ...); `tensor` splits the first dim behind D, if it divides that, of the results too.
+        matrices: (D, ...).
         biases: one for each, or None; empty: none at all.
     """
     biases = biases or (None,) * len(matrices)
-    arrays = [w for w in matrices if not isinstance(w, Adapted | Tiled)]
-    if len(arrays) < len(matrices):
+    held, splits = map(list, zip(*map(opened, matrices), strict=True))
+    if any(isinstance(w, Adapted | Tiled) for w in held):
         return tuple(map(functools.partial(linear, x), matrices, biases))
-    size = current().tensor
-    split = tuple(size > 1 and w.shape[1] % size == 0 for w in arrays)
-    given = list(zip(arrays, biases, strict=True))
-    made: Any = _products(_plan(1, split), x, given)
+    given: Given = list(zip(held, biases, strict=True))
     lead = (None,) * (x.ndim - 1)
+    if any(splits) and len(lead) == 2 and splits_sequence(x.shape[1]):
+        for i, matrix in enumerate(matrices):
+            dims = getattr(matrix, "dims", ())
+            if splits[i] is None and dims[1:2] == ("kv_heads",):
+                given[i], splits[i] = _one_each(*given[i]), 1
+        return _gathered(x, given, splits, 1)
+    made: Any = _products(_plan(1, tuple(dim == 1 for dim in splits)), x, given)
     return tuple(shard(y, *lead, "heads", *(None,) * (y.ndim - x.ndim)) for y in made)
+
+
+def _one_each(w: Array, bias: Array | None) -> tuple[Array, Array | None]:
+    """Returns key or value heads repeated until the devices of `tensor` divide them."""
+    times = math.lcm(w.shape[1], current().tensor) // w.shape[1]
+    again = None if bias is None else jnp.repeat(bias, times, 0)
+    return jnp.repeat(w, times, 1), again
+
+
+def _gathered(
+    x: Array, given: "Given", splits: Sequence[int | None], contract: int
+) -> tuple[Array, ...]:
+    """Returns products of a sequence that `tensor` splits with matrices whose columns it splits: x is gathered, the results are split by columns."""
+
+    def along(split: int | None, dims: int) -> P:
+        return (
+            P() if split is None else P(*(None,) * (split - contract + dims), "tensor")
+        )
+
+    plan = _plan(contract, (False,) * len(given), "gather")
+    return jax.shard_map(
+        lambda x, given: _products(plan, x, given),
+        in_specs=(
+            P(None, "tensor"),
+            [(along(s, contract), along(s, 0)) for s in splits],
+        ),
+        out_specs=tuple(along(s, 2) for s in splits),
+        axis_names={"tensor"},
+        check_vma=False,
+    )(x, list(given))
+
+
+def _scattered(
+    x: Array, w: Array, bias: Array | None, split: int, contract: int
+) -> Array:
+    """Returns the product over a dim that `tensor` splits, each device with the sum of its own part of the sequence."""
+    plan = _plan(contract, (False,), "scatter")
+    before = (None,) * split
+    y = jax.shard_map(
+        lambda x, w: _products(plan, x, [(w, None)])[0],
+        in_specs=(P(None, None, *before, "tensor"), P(*before, "tensor")),
+        out_specs=P(None, "tensor"),
+        axis_names={"tensor"},
+        check_vma=False,
+    )(x, w)
+    return y if bias is None else y + bias.astype(y.dtype)[None, None]
 
 
 class _Plan(NamedTuple):
@@ -105,13 +158,25 @@ class _Plan(NamedTuple):
     flat: bool
     """Whether matrices are two-dimensional, whatever their operands are."""
     split: tuple[bool, ...]
-    """Whether `tensor` splits the columns of each."""
+    """Whether `tensor`, left to the compiler, splits the columns of each."""
+    moves: str
+    """Where `tensor` is in hand: gather the sequence of the operand, or scatter that of the result."""
 
 
-def _plan(contract: int, split: tuple[bool, ...]) -> _Plan:
+def _plan(contract: int, split: tuple[bool, ...], moves: str = "") -> _Plan:
     settings = current()
     flat = settings.platform == "cpu"
-    return _Plan(settings.compute, settings.activations, contract, flat, split)
+    return _Plan(settings.compute, settings.activations, contract, flat, split, moves)
+
+
+def gather_sequence(x: Float[Array, "B t ..."]) -> Float[Array, "B T ..."]:
+    """Returns whole sequences of which each device of `tensor` has a part, from inside a `shard_map` over it."""
+    return jax.lax.all_gather(x, "tensor", axis=1, tiled=True)
+
+
+def scatter_sequence(x: Float[Array, "B T ..."]) -> Float[Array, "B t ..."]:
+    """Returns this device's part of the sum over `tensor`."""
+    return jax.lax.psum_scatter(x, "tensor", scatter_dimension=1, tiled=True)
 
 
 def _adapted_linear(x: Array, w: Adapted, bias: Array | None, contract: int) -> Array:
@@ -209,12 +274,14 @@ def _products_fwd(
     plan: _Plan, x: Array, given: Given
 ) -> tuple[tuple[Array, ...], tuple[Any, ...]]:
     xc, made, kept = x.astype(plan.compute), [], []
+    whole = gather_sequence(xc) if plan.moves == "gather" else xc
     for w, b in given:
         wc = w.astype(plan.compute)
-        y = _product(plan, xc, wc)
+        y = _product(plan, whole, wc)
         if b is not None:
             y += b.reshape((1,) * (y.ndim - b.ndim) + b.shape)
         y = y.astype(plan.out)
+        y = scatter_sequence(y) if plan.moves == "scatter" else y
         # What is far wider than what it is made of costs more room than work.
         inner = math.prod(w.shape[: plan.contract])
         made.append(y if w.size >= EXPANSION * inner**2 else to_keep(y))
@@ -228,6 +295,10 @@ def _products_bwd(
     kept, matrices, like = residuals
     gs, x = [g.astype(plan.compute) for g in gradients], unpack(kept, plan.compute)
     lead = tuple(range(x.ndim - plan.contract))
+    if plan.moves == "gather":
+        x = gather_sequence(x)
+    elif plan.moves == "scatter":
+        gs = list(map(gather_sequence, gs))
     given = [
         # Sum what the products read: on CPU a second, float32 copy of g costs a pass over memory.
         (
@@ -241,7 +312,8 @@ def _products_bwd(
     halves = [(g, w) for g, w, split in parts if split]
     if halves:
         whole.append(_reduced_once(plan, halves, like.dtype))
-    return functools.reduce(jnp.add, whole).astype(like.dtype), given
+    gradient = functools.reduce(jnp.add, whole).astype(like.dtype)
+    return scatter_sequence(gradient) if plan.moves == "gather" else gradient, given
 
 
 def _product(plan: _Plan, x: Array, w: Array) -> Array:

@@ -152,20 +152,28 @@ def test_second_copy_keeps_layer_gathers_inside_a_group(accumulate: int) -> None
         ("llama", 0, 4), ("llama", 3, 4),  # of two key heads
     ],
 )  # fmt: skip
-def test_tensor_axis_sums_activations_twice_a_layer_in_either_pass(
+def test_tensor_axis_gathers_and_scatters_sequences_around_products(
     family: str, stage: int, tensor: int
 ) -> None:
-    """Megatron's f and g (arXiv 1909.08053 section 3); nothing of a vocabulary's or a matrix's size travels."""
+    """Megatron's g and its conjugate (arXiv 2205.05198 section 4.2.2), in each pass twice a layer, and what a product read gathered once more for its weight's gradient. Nothing of a vocabulary's or a matrix's size travels."""
     mesh = MeshConfig(data=8 // tensor if stage == 0 else 1, tensor=tensor)
     program = program_of(config(family, stage=stage, mesh=mesh), family=family)
     names = list(batches(family)[0])
     ledger = read_ledger(program.lower_step(names).compile(), program.mesh.shape)
     unit = 16 * tensor // 8 * T * D
-    layer = [e for e in ledger.select("all-reduce", ("tensor",)) if e.trips == L]
-    due = 4 * L * unit
-    assert sum(e.trips * e.elements for e in layer) == pytest.approx(due, rel=0.05)
-    rest = ledger.elements("all-reduce", ("tensor",)) - due
-    # The embedding's rows, and the gradient of what the vocabulary's logits are made of.
-    assert rest <= 2.2 * unit
-    for kind in ("all-gather", "all-to-all", "collective-permute", "reduce-scatter"):
-        assert ledger.elements(kind, ("tensor",)) <= 0.05 * unit
+
+    def count(kind: str, trips: int) -> float:
+        each = [e for e in ledger.select(kind, ("tensor",)) if e.trips == trips]
+        return sum(e.elements for e in each if e.elements > 0.1 * unit) / unit
+
+    assert count("all-gather", L) == 2 + 4
+    assert count("reduce-scatter", L) == 2 + 2
+    # The embedding's rows and the head's hidden states, each there and back; and the gradient of a
+    # table of positions, which is whole.
+    assert count("all-gather", 1) - (family != "llama") == count("reduce-scatter", 1) == 2
+    for kind in ("all-to-all", "collective-permute"):
+        assert ledger.elements(kind, ("tensor",)) == 0
+    whole = [p for p in jax.tree.leaves(program.spec.placements, is_leaf=is_placement) if p.tensor_dim is None]
+    of_tokens = 4 * unit / D  # the loss's maxima, sums and targets
+    reduced = ledger.elements("all-reduce", ("tensor",))
+    assert reduced <= sum(math.prod(p.shape) for p in whole) + of_tokens
