@@ -55,14 +55,12 @@ B7, B8, B70, B405 = (
     llama.LLAMA3_70B,
     llama.LLAMA3_405B,
 )
-VMEM = {"xla_tpu_scoped_vmem_limit_kib": "49152"}
 
 JOBS = {
     "7b-v5p-full": Job(model=B7, topology="v5p:4x4x4", rows=4, settings={"remat": "full"}),
     "7b-v5p-attention": Job(model=B7, topology="v5p:4x4x4", rows=4, settings={"remat": "attention"}),
     "7b-v5p-dots": Job(model=B7, topology="v5p:4x4x4", rows=4, settings={"remat": "dots"}),
-    "7b-v5p-full-vmem": Job(model=B7, topology="v5p:4x4x4", rows=4, settings={"remat": "full"}, options=VMEM),
-    "7b-v5p-dots-vmem": Job(model=B7, topology="v5p:4x4x4", rows=4, settings={"remat": "dots"}, options=VMEM),
+    "7b-v5p-tensor": Job(model=B7, topology="v5p:4x4x4", mesh=MeshConfig(tensor=4), rows=16, settings={"remat": "full"}),
     "7b-v5p-8": Job(model=B7, topology="v5p:2x2x2", rows=2, settings={"remat": "full"}),
     "7b-v5p-256": Job(model=B7, topology="v5p:4x8x8", rows=2, settings={"remat": "full"}),
     "7b-v5p-1024": Job(model=B7, topology="v5p:8x8x16", rows=1, settings={"remat": "full"}),

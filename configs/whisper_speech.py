@@ -4,7 +4,7 @@
 Once:      jaxspeed data jaxspeed_prompts    (480 prompts of one voice to train on, docs/data.md)
 Command:   python train.py configs/whisper_speech.py
 Hardware:  any; measured ones are in benchmarks/results/tasks.md
-Expect:    that it learns the training prompts by heart, and a word error rate on held-out ones that says how little 20 minutes are
+Expect:    after these 600 updates (17 minutes on two cores) nothing yet: a held-out word error rate of 1.10; the loss still falls
 Next:      --init WHISPER_FOLDER (with its sizes by --model...) for a model that has heard more
 """
 

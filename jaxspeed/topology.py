@@ -55,15 +55,28 @@ at once and this one a single ring, so fewer bytes need not be less time: measur
 SPARSE_CORE_REDUCE_SCATTER: CompilerOptions = {
     **RING_REDUCE_SCATTER,
     "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": True,
+    "xla_tpu_check_legacy_constraints_in_reduce_scatter_legalizer": False,
 }
-"""TPU v5p and v6e, an option and no default: reduce-scatters overlap, on the SparseCores."""
+"""TPU v5p and v6e: reduce-scatters over a whole slice are real ones, half the bytes, and run on the SparseCores beside other work.
+
+Without the last one a gradient's over a three-dimensional slice (v5p:4x4x4) is an all-reduce of which
+each chip keeps its part, and everything waits for it (libtpu 0.0.42).
+"""
 
 LARGE_VMEM: CompilerOptions = {"xla_tpu_scoped_vmem_limit_kib": "49152"}
-"""TPU, an option and no default: larger tiles for matrix products.
+"""TPU v5p and v6e: larger tiles for matrix products.
 
 By the compiler's own estimate they then reach 94 % of a v5p's peak, not 69 %; compiling takes
-several times as long, and no run on hardware has confirmed the gain.
+up to four times as long. Public recipes for these chips set twice as much; no run of ours on hardware has
+confirmed the gain.
 """
+
+WITH_SPARSE_CORES: CompilerOptions = {
+    **ASYNC_COLLECTIVES,
+    **SPARSE_CORE_REDUCE_SCATTER,
+    **LARGE_VMEM,
+}
+"""TPU v5p and v6e: all of these."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +168,7 @@ _ROWS = (
         dims=3,
         clock_hz=1.75e9,
         source=f"{_TPU_DOCS}v5p (1200 GB/s both ways over 6 links); {_HBM}",
-        compiler_options=ASYNC_COLLECTIVES,
+        compiler_options=WITH_SPARSE_CORES,
     ),
     Chip(
         name="v6e",
@@ -170,7 +183,7 @@ _ROWS = (
         dims=2,
         clock_hz=1.75e9,
         source=f"{_TPU_DOCS}v6e (800 GB/s both ways over 4 links); {_HBM}",
-        compiler_options=ASYNC_COLLECTIVES,
+        compiler_options=WITH_SPARSE_CORES,
     ),
     Chip(
         name="a100",

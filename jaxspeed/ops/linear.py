@@ -98,7 +98,8 @@ def linears(
             if splits[i] is None and dims[1:2] == ("kv_heads",):
                 given[i], splits[i] = _one_each(*given[i]), 1
         return _gathered(x, given, splits, 1)
-    made: Any = _products(_plan(1, tuple(dim == 1 for dim in splits)), x, given)
+    split = tuple(dim == 1 for dim in splits)
+    made: Any = _products(_plan(1, split), x, given)
     return tuple(shard(y, *lead, "heads", *(None,) * (y.ndim - x.ndim)) for y in made)
 
 
@@ -138,8 +139,13 @@ def _scattered(
     """Returns the product over a dim that `tensor` splits, each device with the sum of its own part of the sequence."""
     plan = _plan(contract, (False,), "scatter")
     before = (None,) * split
+
+    def product(x: Array, w: Array) -> Array:
+        made: Any = _products(plan, x, [(w, None)])
+        return made[0]
+
     y = jax.shard_map(
-        lambda x, w: _products(plan, x, [(w, None)])[0],
+        product,
         in_specs=(P(None, None, *before, "tensor"), P(*before, "tensor")),
         out_specs=P(None, "tensor"),
         axis_names={"tensor"},
