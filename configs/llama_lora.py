@@ -4,7 +4,8 @@
 Once:      jaxspeed data smollm2-135m-instruct    (prints where the GGUF file lies)
            jaxspeed import FILE --to imported/smollm2
 Command:   python train.py configs/llama_lora.py --init imported/smollm2
-Hardware:  any; 0.6 GB of state (float32 model on CPU; half of that elsewhere)
+Hardware:  two CPU cores: 9 minutes beside compilers; 0.6 GB of state (float32 model on CPU; half of that elsewhere)
+Expect:    held-out loss 3.92 nats a token after 60 updates, 4.42 before
 Next:      jaxspeed generate runs/llama_lora --prompt "ROMEO.", jaxspeed export runs/llama_lora --to peft adapters;
            another model by --init (its sizes by --model.num_layers and so on), --data.path mine.txt
 """
