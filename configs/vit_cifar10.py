@@ -3,7 +3,8 @@
 
 Once:      jaxspeed data cifar10    (8,943 pictures to train on, a fifth of the public set: docs/data.md)
 Command:   python train.py configs/vit_cifar10.py
-Hardware:  any; measured ones are in benchmarks/results/tasks.md
+Hardware:  two CPU cores: 9.5 minutes beside compilers
+Expect:    45.2 % of held-out pictures right (a guess: 10 %); 8,943 pictures are few for a ViT
 Next:      a trained ViT by --init (its sizes by --model.image_size and so on), --data.path mine.jsonl
 """
 
