@@ -207,6 +207,30 @@ def splits_sequence(length: int) -> bool:
     )
 
 
+def on_tensor(
+    local: Callable[..., Any], in_specs: Any, out_specs: Any
+) -> Callable[..., Any]:
+    """Returns `local` run on what each device of the axis `tensor` has, with that axis in hand; elsewhere it is left to the compiler.
+
+    Args:
+        local: what each device does.
+        in_specs: the partitions over `tensor` of its arguments, a prefix of their tree.
+        out_specs: those of its results.
+    """
+    return jax.shard_map(
+        local,
+        in_specs=in_specs,
+        out_specs=out_specs,
+        axis_names={"tensor"},
+        check_vma=False,
+    )
+
+
+def key_head_copies(heads: int) -> int:
+    """Returns how often key and value heads are repeated until the devices of `tensor` divide them: each then has those that its queries read."""
+    return math.lcm(heads, current().tensor) // heads
+
+
 def matrix_inputs(dims: tuple[str | None, ...]) -> int:
     """Returns how many dims a matrix is summed over, or 0 for what is none."""
     inner = dims[1:] if dims[:1] == ("layers",) else dims
@@ -460,10 +484,4 @@ def _with_tensor_manual(
     """
     if tensor is None:
         return collective
-    return jax.shard_map(
-        collective,
-        in_specs=tensor,
-        out_specs=tensor,
-        axis_names={"tensor"},
-        check_vma=False,
-    )
+    return on_tensor(collective, tensor, tensor)

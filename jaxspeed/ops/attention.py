@@ -7,7 +7,6 @@ tokens before from the cache and adds its own; a model file does not know which 
 
 import functools
 import logging
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -22,7 +21,7 @@ from jaxspeed.cache import Cache
 from jaxspeed.config import ConfigError, config_error
 from jaxspeed.ops.cpu_attention import HIDDEN_SCORE, Reach, cpu_attention
 from jaxspeed.ops.split_attention import exchange, own_heads, ring_attention
-from jaxspeed.sharding import shard
+from jaxspeed.sharding import key_head_copies, on_tensor, shard
 
 
 logger = logging.getLogger(__name__)
@@ -152,16 +151,11 @@ def _split(
             "mesh.context", settings.context, "this model's bias is split over mesh.tensor",
             "set one of them to 1",
         )  # fmt: skip
-    k, v = _enough_heads(settings.tensor, q.shape[2], k, v)
+    k, v = _enough_heads(q.shape[2], k, v)
     _check_heads(settings.tensor, q.shape[2], k.shape[2])
     heads = P(None, None, "tensor", None)
-    return jax.shard_map(
-        attend,
-        in_specs=(heads, heads, heads, P(), P()),
-        out_specs=heads,
-        axis_names={"tensor"},
-        check_vma=False,
-    )(q, k, v, *ids)
+    specs = (heads, heads, heads, P(), P())
+    return on_tensor(attend, specs, heads)(q, k, v, *ids)
 
 
 def _in_form(form: Form, windowed: Array | None, q: Array, *args: Any) -> Array:
@@ -199,7 +193,7 @@ def _by_kernel(
             checkpoint_name(x.astype(settings.compute), name)
             for x, name in ((q, "q"), (k, "k"), (v, "v"))
         )
-    k, v = _enough_heads(settings.tensor, q.shape[2], k, v)
+    k, v = _enough_heads(q.shape[2], k, v)
     kernel = functools.partial(_KERNELS[chosen], form=form)
     if settings.tensor > 1 and chosen in ("splash", "cudnn"):
         kernel = _over_tensor(kernel, settings.tensor, q.shape[2], k.shape[2])
@@ -310,15 +304,10 @@ def choose_attention(
     return chosen, why
 
 
-def _enough_heads(
-    size: int, query_heads: int, k: Array, v: Array
-) -> tuple[Array, Array]:
-    """Returns keys and values with their heads repeated until the devices of `tensor` divide them.
-
-    Each device then has those that its queries read; nothing travels for it but their gradients.
-    """
+def _enough_heads(query_heads: int, k: Array, v: Array) -> tuple[Array, Array]:
+    """Returns keys and values with their heads repeated until the devices of `tensor` divide them; nothing travels for it but their gradients."""
     key_heads = k.shape[2]
-    times = math.lcm(key_heads, size) // key_heads
+    times = key_head_copies(key_heads)
     if times == 1 or query_heads % (times * key_heads):
         return k, v
     dims = ("batch", "seq", "kv_heads", "head_dim")
@@ -332,17 +321,7 @@ def _over_tensor(
     """Returns the kernel run on each device's own heads: the compiler cannot partition it."""
     _check_heads(size, query_heads, key_heads)
     heads = P(None, None, "tensor", None)
-
-    def run(q: Array, k: Array, v: Array, *others: Array | None) -> Array:
-        return jax.shard_map(
-            kernel,
-            in_specs=(heads, heads, heads, P(), P(), P("tensor")),
-            out_specs=heads,
-            axis_names={"tensor"},
-            check_vma=False,
-        )(q, k, v, *others)
-
-    return run
+    return on_tensor(kernel, (heads, heads, heads, P(), P(), P("tensor")), heads)
 
 
 def _check_heads(size: int, query_heads: int, key_heads: int) -> None:

@@ -22,7 +22,7 @@ from jaxspeed.ops.linear import (
     rows_product,
     scatter_sequence,
 )
-from jaxspeed.sharding import opened, shard, splits_sequence
+from jaxspeed.sharding import on_tensor, opened, shard, splits_sequence
 from jaxspeed.types import Parameter, Sums
 
 
@@ -66,15 +66,10 @@ def fused_cross_entropy(
     plan = plan._replace(
         scatter=targets.ndim == 2 and splits_sequence(targets.shape[1])
     )
-    total = jax.shard_map(
-        functools.partial(_summed_loss, plan),
-        in_specs=(
-            P(None, "tensor") if plan.scatter else P(), P("tensor"), P("tensor"), P(), P(),
-        ),
-        out_specs=P(),
-        axis_names={"tensor"},
-        check_vma=False,
-    )(hidden, table, bias, targets, weights)  # fmt: skip
+    states = P(None, "tensor") if plan.scatter else P()
+    local = functools.partial(_summed_loss, plan)
+    specs = (states, P("tensor"), P("tensor"), P(), P())
+    total = on_tensor(local, specs, P())(hidden, table, bias, targets, weights)
     return Sums(total, jnp.sum(weights))
 
 

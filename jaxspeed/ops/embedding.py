@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxspeed.ambient import current
 from jaxspeed.ops.linear import scatter_sequence
-from jaxspeed.sharding import opened, splits_sequence
+from jaxspeed.sharding import on_tensor, opened, splits_sequence
 from jaxspeed.types import Parameter
 
 
@@ -44,13 +44,9 @@ def _over_tensor(table: Array, ids: Array) -> Array:
         rows = jnp.where(here[..., None], rows, 0).astype(settings.activations)
         return scatter_sequence(rows) if shared else jax.lax.psum(rows, "tensor")
 
-    return jax.shard_map(
-        local,
-        in_specs=(P("tensor"), P()),
-        out_specs=P(None, "tensor") if shared else P(),
-        axis_names={"tensor"},
-        check_vma=False,
-    )(table, jnp.clip(ids, 0, table.shape[0] - 1))
+    found = P(None, "tensor") if shared else P()
+    ids = jnp.clip(ids, 0, table.shape[0] - 1)
+    return on_tensor(local, (P("tensor"), P()), found)(table, ids)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -25,7 +25,7 @@ from jaxspeed.ops.grouped import grouped_linear, tiles_of
 from jaxspeed.ops.linear import gather_sequence, scatter_sequence
 from jaxspeed.ops.pointwise import silu_gate
 from jaxspeed.ops.route import Routing, random_order
-from jaxspeed.sharding import splits_sequence
+from jaxspeed.sharding import on_tensor, splits_sequence
 
 
 AXIS = "expert"
@@ -68,10 +68,8 @@ def experts(
         axis = "tensor" if split else None
         up, down = P(None, None, axis), P(None, axis, None)
         tokens = P(None, "tensor") if shared else P()
-        local = jax.shard_map(
-            local, in_specs=(tokens, P(), P(), up, up, down), out_specs=(tokens, P()),
-            axis_names={"tensor"}, check_vma=False,
-        )  # fmt: skip
+        arguments = (tokens, P(), P(), up, up, down)
+        local = on_tensor(local, arguments, (tokens, P()))
     y, kept = local(x, routing.experts, routing.weights, w_gate, w_up, w_down)
     if (auxiliary := current().auxiliary) is not None:
         wanted = jnp.sum(routing.experts < routing.num_experts)

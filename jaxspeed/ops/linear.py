@@ -23,7 +23,14 @@ from jaxtyping import Array, Float
 from jaxspeed.ambient import current
 from jaxspeed.ops.pointwise import dropout
 from jaxspeed.remat import EXPANSION, PRODUCT_NAME
-from jaxspeed.sharding import Adapted, opened, shard, splits_sequence
+from jaxspeed.sharding import (
+    Adapted,
+    key_head_copies,
+    on_tensor,
+    opened,
+    shard,
+    splits_sequence,
+)
 from jaxspeed.tiles import Tiled, dot_tiled
 from jaxspeed.types import Parameter
 
@@ -105,7 +112,7 @@ def linears(
 
 def _one_each(w: Array, bias: Array | None) -> tuple[Array, Array | None]:
     """Returns key or value heads repeated until the devices of `tensor` divide them."""
-    times = math.lcm(w.shape[1], current().tensor) // w.shape[1]
+    times = key_head_copies(w.shape[1])
     again = None if bias is None else jnp.repeat(bias, times, 0)
     return jnp.repeat(w, times, 1), again
 
@@ -121,16 +128,12 @@ def _gathered(
         )
 
     plan = _plan(contract, (False,) * len(given), "gather")
-    return jax.shard_map(
+    product = on_tensor(
         lambda x, given: _products(plan, x, given),
-        in_specs=(
-            P(None, "tensor"),
-            [(along(s, contract), along(s, 0)) for s in splits],
-        ),
-        out_specs=tuple(along(s, 2) for s in splits),
-        axis_names={"tensor"},
-        check_vma=False,
-    )(x, list(given))
+        (P(None, "tensor"), [(along(s, contract), along(s, 0)) for s in splits]),
+        tuple(along(s, 2) for s in splits),
+    )
+    return product(x, list(given))
 
 
 def _scattered(
@@ -144,13 +147,8 @@ def _scattered(
         made: Any = _products(plan, x, [(w, None)])
         return made[0]
 
-    y = jax.shard_map(
-        product,
-        in_specs=(P(None, None, *before, "tensor"), P(*before, "tensor")),
-        out_specs=P(None, "tensor"),
-        axis_names={"tensor"},
-        check_vma=False,
-    )(x, w)
+    specs = P(None, None, *before, "tensor"), P(*before, "tensor")
+    y = on_tensor(product, specs, P(None, "tensor"))(x, w)
     return y if bias is None else y + bias.astype(y.dtype)[None, None]
 
 
@@ -300,7 +298,7 @@ def _products_bwd(
 ) -> tuple[Array, Given]:
     kept, matrices, like = residuals
     gs, x = [g.astype(plan.compute) for g in gradients], unpack(kept, plan.compute)
-    lead = tuple(range(x.ndim - plan.contract))
+    lead, rows = tuple(range(x.ndim - plan.contract)), rows_product(kept)
     if plan.moves == "gather":
         x = gather_sequence(x)
     elif plan.moves == "scatter":
@@ -308,7 +306,7 @@ def _products_bwd(
     given = [
         # Sum what the products read: on CPU a second, float32 copy of g costs a pass over memory.
         (
-            _weight_gradient(plan, x, g),
+            _weight_gradient(plan, rows, x, g),
             None if b is None else jnp.sum(g, lead, dtype=jnp.float32),
         )
         for g, (_, b) in zip(gs, matrices, strict=True)
@@ -333,13 +331,14 @@ def _product(plan: _Plan, x: Array, w: Array) -> Array:
     return y.reshape(*lead, *outer)
 
 
-def _weight_gradient(plan: _Plan, x: Array, g: Array) -> Array:
-    """Returns x^T g, in float32."""
+def _weight_gradient(
+    plan: _Plan, rows: Callable[[Array, Array], Array], x: Array, g: Array
+) -> Array:
+    """Returns x^T g, in float32; flat ones by `rows`."""
     lead = x.ndim - plan.contract
     if not plan.flat:
         return _summed(x, g, (range(lead), range(lead)))
     M = math.prod(x.shape[:lead])
-    rows = rows_product(pack(x))
     product = rows(x.reshape(M, -1), g.reshape(M, -1))
     return product.reshape(*x.shape[lead:], *g.shape[lead:])
 
@@ -368,10 +367,7 @@ def _reduced_once(plan: _Plan, pairs: list[tuple[Array, Array]], dtype: Any) -> 
 
     lead = pairs[0][0].ndim - (pairs[0][1].ndim - plan.contract)
     specs = (P(*(None,) * lead, "tensor"), P(None, "tensor"))
-    total = jax.shard_map(
-        local, in_specs=([specs] * len(pairs),), out_specs=P(),
-        axis_names={"tensor"}, check_vma=False,
-    )(pairs)  # fmt: skip
+    total = on_tensor(local, ([specs] * len(pairs),), P())(pairs)
     return total.astype(jnp.float32)
 
 
