@@ -31,6 +31,9 @@ PATIENCE_S = 600.0
 LAST_S = 10.0
 """That process 0 stays at most for the others to leave."""
 
+CLOSING_S = 5.0
+"""How long the door of a process that ends may stay open after its links are cut."""
+
 WATCH_S = 5.0
 """Between two looks at the next process's door."""
 
@@ -112,7 +115,7 @@ class Neighbours:
     def __init__(self) -> None:
         """Opens this process's door, and learns those of the others."""
         self._doors: list[Any] = []
-        self._noticed = False
+        self._token, self._noticed = "", False
         count, self._me = jax.process_count(), jax.process_index()
         if count == 1:
             return
@@ -137,7 +140,11 @@ class Neighbours:
         with a stack trace.
         """
         first, self._noticed = not self._noticed, True
-        gone = [n for n, door in enumerate(self._doors) if not _knock(door)]
+        deadline = time.monotonic() + CLOSING_S
+        gone = self._closed()
+        while self._doors and not gone and time.monotonic() < deadline:
+            time.sleep(0.1)
+            gone = self._closed()
         if gone and first:
             word = f"{self._token} {json.dumps(gone)}".encode()
             for n, door in enumerate(self._doors):
@@ -145,6 +152,9 @@ class Neighbours:
                     _knock(door, word)
         self._let_others_leave()
         return gone
+
+    def _closed(self) -> list[int]:
+        return [n for n, door in enumerate(self._doors) if not _knock(door)]
 
     def leave(self) -> None:
         """Closes this process's door, and says so to the one that watches it: all goes on in order."""

@@ -9,6 +9,7 @@ import functools
 import re
 import sys
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -369,3 +370,10 @@ def test_every_documentation_page_is_in_the_navigation() -> None:
     pages = (ROOT / "docs").rglob("*.md")
     other = named ^ {p.relative_to(ROOT / "docs").as_posix() for p in pages}
     assert not other, f"add to, or remove from, the nav of mkdocs.yml: {other}"
+
+
+def test_pytest_visits_every_folder_of_tests(pytestconfig: pytest.Config) -> None:
+    passed_over = pytestconfig.getini("norecursedirs")
+    folders = {path.parent for path in under("tests")}
+    unseen = sorted(f for f in folders if any(fnmatch(f.name, x) for x in passed_over))
+    assert not unseen, f"norecursedirs of pyproject.toml names {unseen}"

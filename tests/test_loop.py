@@ -5,6 +5,8 @@ import dataclasses
 import fcntl
 import json
 import signal
+import socket
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -302,6 +304,19 @@ def test_runtime_failures_are_told_in_words(
     told = loop._device_trouble(said, alone)
     assert told.startswith(words)
     assert bool(told) == bool(words)
+
+
+def test_door_that_closes_late_is_waited_for() -> None:
+    # A killed process's links and its door are cut one after the other.
+    doors = [socket.create_server(("127.0.0.1", 0)) for _ in range(2)]
+    neighbours = Neighbours()
+    neighbours._me = 1
+    neighbours._doors = [door.getsockname() for door in doors]
+    closing = threading.Timer(0.5, doors[0].close)
+    closing.start()
+    assert neighbours.gone() == [0]
+    closing.join()
+    doors[1].close()
 
 
 def test_memory_rows_add_up_to_the_state(run: RunConfig) -> None:
