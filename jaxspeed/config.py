@@ -533,7 +533,7 @@ class LoraConfig:
                 )
 
 
-RematPolicy = Literal["none", "full", "dots", "attention"]
+RematPolicy = Literal["none", "full", "dots", "attention", "offload"]
 
 REMAT_POLICIES = get_args(RematPolicy)
 
@@ -585,7 +585,7 @@ class RunConfig(Generic[M]):
     eval: EvalConfig = field(default_factory=EvalConfig)
     """Held-out evaluation and samples."""
     remat: RematPolicy = "none"
-    """What is computed again in the backward pass: none; full (keep only each layer's input); dots (keep matrix products); attention (keep what attention reads and gives)."""
+    """What is computed again in the backward pass: none; full (keep only each layer's input); dots (keep matrix products); attention (keep what attention reads and gives); offload (keep each layer's input, in the host's memory)."""
     context: Literal["ulysses", "ring"] = "ulysses"
     """How attention reads a sequence that mesh.context splits. ulysses: each device takes whole sequences for its share of the heads (4 all-to-all a layer and pass). ring: keys and values go around, for any number of heads and the longest sequences."""
     attention: Literal["auto", "xla", "cpu", "cudnn", "splash"] = "auto"

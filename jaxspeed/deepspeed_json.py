@@ -165,6 +165,10 @@ class _State(NamedTuple):
     """The key that says why; the others refer to it."""
 
 
+_INCLUDES = {("remat", "offload", "full")}
+"""Fields, and values of them that do what another value asks for, and more."""
+
+
 @dataclass
 class _Reading:
     """What is known of a JSON while it is walked."""
@@ -195,9 +199,13 @@ class _Reading:
 
     def assign(self, key: str, fields: Mapping[str, Any], why: str, value: Any) -> None:
         """Sets our fields, unless another key has given one of them another value."""
+        fields = {
+            name: self.get(name) if (name, self.get(name), new) in _INCLUDES else new
+            for name, new in fields.items()
+        }
         for name, new in fields.items():
             old, source = self.fields.get(name, (new, ""))
-            if old != new:
+            if old != new and (name, new, old) not in _INCLUDES:
                 why = f"contradicts {source}, which sets {name} = {old}; remove one"
                 return self.add(key, "refused", "", why, value)
         self.fields.update({name: (new, key) for name, new in fields.items()})

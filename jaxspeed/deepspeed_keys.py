@@ -409,11 +409,11 @@ ACTIVATION_CHECKPOINTING = section(
         "number_checkpoints": maps(
             "remat", becomes("full", SIZE), RECOMPUTED, off=(None, 0)
         ),
-        "cpu_checkpointing": refuses(
-            flag,
-            False,
-            "activations are not offloaded; set it to false (remat full keeps only "
-            "each layer's input)",
+        "cpu_checkpointing": maps(
+            "remat",
+            becomes("offload", flag),
+            "the host keeps each layer's input",
+            off=(False,),
         ),
         "contiguous_memory_optimization": unneeded(flag, BUFFERS),
         "synchronize_checkpoint_boundary": unneeded(flag, ONE_PROGRAM),

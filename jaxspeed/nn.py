@@ -14,13 +14,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxspeed.ambient import ambient, current
 from jaxspeed.auxiliary import Auxiliary
 from jaxspeed.cache import Cache
 from jaxspeed.config import ConfigError
 from jaxspeed.pipeline import AXIS as STAGE, one_behind_another
-from jaxspeed.remat import checkpoint_layer
+from jaxspeed.remat import RESIDUAL_NAME, checkpoint_layer
 from jaxspeed.sharding import Weight, is_weight, materialise, shard
 from jaxspeed.types import Params, PyTree
 
@@ -95,7 +96,8 @@ class Layers(nnx.Module):
             layer_key = None if key is None else jax.random.fold_in(key, index)
             inner = None if auxiliary is None else Auxiliary()
             with ambient(dropout_key=layer_key, auxiliary=inner):
-                x = nnx.merge(graphdef, whole)(_residual(x), *args, *each)
+                x = checkpoint_name(_residual(x), RESIDUAL_NAME)
+                x = nnx.merge(graphdef, whole)(x, *args, *each)
             return _residual(x), None if inner is None else inner.arrays()
 
         if cache is not None:

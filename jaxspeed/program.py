@@ -459,6 +459,10 @@ def notices(program: Program) -> list[str]:
         )
     elif run.pipeline != RunConfig.pipeline:
         said.append(f"pipeline={run.pipeline} has nothing to do here: mesh.stage is 1")
+    if run.remat == "offload" and program.mesh.devices.flat[0].platform == "cpu":
+        said.append(
+            "remat=offload has nothing to do here: a CPU's memory is the host's, so it is remat=full"
+        )
     if run.zero.secondary and sizes["data"] == 1:
         said.append("zero.secondary has nothing to do here: mesh.data is 1, one group")
     if run.moe.capacity_factor and sizes[AXIS] > 1:

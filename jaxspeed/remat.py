@@ -38,6 +38,9 @@ ATTENTION_NAMES = frozenset({"q", "k", "v", "attended", NORMALISER_NAME})
 EXPERT_NAMES = frozenset({"dispatched", "grouped", "returned"})
 """Checkpoint names of what has travelled to experts, their products, and what has come back: computing it again is to send it again."""
 
+RESIDUAL_NAME = "residual"
+"""The checkpoint name of what a layer reads."""
+
 KEPT_NAMES = EXPERT_NAMES | {PRODUCT_NAME}
 """Checkpoint names of all products other than attention's."""
 
@@ -52,7 +55,8 @@ def checkpoint_layer(layer: Callable[..., Any], policy: str) -> Callable[..., An
         layer: the body of a scan over layers.
         policy: none (do no product again; elementwise work is done again, which is cheaper than
             keeping it), full (keep the layer's inputs only), dots (keep the results of matrix
-            products, attention's own apart, and what experts were sent), attention (keep what attention reads and gives).
+            products, attention's own apart, and what experts were sent), attention (keep what attention reads and gives),
+            offload (keep the layer's input, `RESIDUAL_NAME`, in the host's memory; DeepSpeed's `cpu_checkpointing`).
     """
     policies = jax.checkpoint_policies
     table = {
@@ -60,6 +64,12 @@ def checkpoint_layer(layer: Callable[..., Any], policy: str) -> Callable[..., An
         "full": policies.nothing_saveable,
         "dots": _keep_flat_products,
         "attention": policies.save_only_these_names(*ATTENTION_NAMES),
+        "offload": policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=[RESIDUAL_NAME],
+            offload_src="device",
+            offload_dst="pinned_host",
+        ),
     }
     return jax.checkpoint(layer, policy=table[policy], prevent_cse=False)
 

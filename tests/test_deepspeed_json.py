@@ -192,6 +192,22 @@ def test_zero3_with_everything_given_is_mapped_value_by_value() -> None:
     assert (run.model, run.steps, run.data) == (RUN.model, RUN.steps, RUN.data)
 
 
+@pytest.mark.parametrize(
+    ("given", "remat"),
+    [
+        ({"cpu_checkpointing": True}, "offload"),
+        ({"cpu_checkpointing": True, "partition_activations": True}, "offload"),
+        ({"number_checkpoints": 4, "cpu_checkpointing": True}, "offload"),
+        ({"cpu_checkpointing": False, "partition_activations": True}, "full"),
+        ({"cpu_checkpointing": False}, "none"),
+    ],
+)
+def test_what_the_host_keeps_is_computed_again(given: Any, remat: str) -> None:
+    assert (
+        apply({"train_batch_size": 8, "activation_checkpointing": given}).remat == remat
+    )
+
+
 CHAT: dict[str, Any] = json.loads("""
 {
   "train_batch_size": 32, "train_micro_batch_size_per_gpu": 4, "steps_per_print": 10,

@@ -488,7 +488,6 @@ def test_refused_optimizer_says_what_to_use(kind: str) -> None:
         ("zero_optimization.zenflow.topk_ratio", 0.1),
         ("zero_optimization.zero_quantized_gradients", True),
         ("zero_optimization.zero_quantized_weights", True),
-        ("activation_checkpointing.cpu_checkpointing", True),
     ],
 )  # fmt: skip
 def test_feature_that_is_on_is_refused_with_an_alternative(

@@ -241,6 +241,7 @@ def test_loss_scale_is_a_part_of_float16_states_only() -> None:
             ],
         ),
         ({"stage": 0, "model": toy.Config(d_model=12, vocab_size=30)}, 8, []),
+        ({"remat": "offload"}, 1, ["remat=offload has nothing to do here"]),
         (
             {"schedule": ScheduleConfig(warmup_steps=99)},
             8,

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Each policy keeps what its name says; none keeps a whole weight."""
 
+import re
 from collections import Counter
 from typing import Any
 
@@ -8,11 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import jaxprs_in_params
 
 from jaxspeed.ambient import ambient
 from jaxspeed.config import REMAT_POLICIES
+from jaxspeed.nn import Layers, param
 from jaxspeed.ops import linear
 from jaxspeed.remat import checkpoint_layer
 
@@ -138,3 +141,26 @@ def test_dots_does_attention_again() -> None:
         lambda x: jax.vjp(checkpoint_layer(attend, "dots"), x)[1], x
     )
     assert {r.shape for r in jax.tree.leaves(residuals)} == {(2, 5, 3)}
+
+
+def test_offload_sends_what_layers_read_to_the_host_and_back() -> None:
+    class Block(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs) -> None:
+            self.w = param(
+                jax.nn.initializers.normal(1.0), rngs, (D, D), ("embed", "mlp")
+            )
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return jnp.tanh(linear(x, self.w))
+
+    model, x = Layers(Block, 3, nnx.Rngs(0)), jnp.ones((2, B, D))
+    graphdef, state = nnx.split(model)
+    with ambient(remat="offload"):
+        loss = lambda state, x: nnx.merge(graphdef, state)(x).sum()
+        lowered = (
+            jax.jit(jax.grad(loss)).trace(state, x).lower(lowering_platforms=("tpu",))
+        )
+    placed = re.findall(
+        r'_xla_buffer_placement = "(\w+)"\}.*-> tensor<(\w+)>', lowered.as_text()
+    )
+    assert placed == [("pinned_host", f"2x{B}x{D}xf32"), ("device", f"2x{B}x{D}xf32")]
