@@ -4,8 +4,9 @@
 Once:      jaxspeed data jaxspeed_prompts    (480 prompts of one voice to train on, docs/data.md)
 Command:   python train.py configs/whisper_speech.py
 Hardware:  any; measured ones are in benchmarks/results/tasks.md
-Expect:    after these 600 updates (17 minutes on two cores) little yet: a word error rate of 1.10 on held-out
-           prompts and of 1.14 on those it was trained on; the loss still falls
+Expect:    after these 3,000 updates (half an hour on two cores) a word error rate of 0.04 on the prompts it was
+           trained on and of 0.79 on held-out ones, of which it gets the short ones: 20 minutes of one voice are
+           enough to show that all works, not to recognise speech
 Next:      --init WHISPER_FOLDER (with its sizes by --model...) for a model that has heard more
 """
 
@@ -39,13 +40,15 @@ def config() -> RunConfig:
             end_id=256,
             start_id=257,
         ),
-        task=TaskConfig(name="speech", input_fields=("speech", "sample_rate")),
-        steps=600,
+        task=TaskConfig(
+            name="speech", input_fields=("speech", "sample_rate"), buckets=(32, 64, 128)
+        ),
+        steps=3000,
         seq_len=256,
         global_batch_size=16,
         optim=OptimConfig(lr=1e-3, b2=0.98, weight_decay=0.01),
-        schedule=ScheduleConfig(warmup_steps=60),
+        schedule=ScheduleConfig(warmup_steps=200),
         data=DataConfig(path=("tfds:jaxspeed_prompts",), tokenizer="byte"),
-        checkpoint=CheckpointConfig(every=200),
+        checkpoint=CheckpointConfig(every=1000),
         eval=EvalConfig(every=0, batches=0),
     )

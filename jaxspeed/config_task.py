@@ -109,7 +109,7 @@ class TaskConfig:
     metrics: tuple[Literal["accuracy", "bleu", "chrf", "rouge", "wer"], ...] = ()
     """How written answers are compared with the targets; empty: the task's usual."""
     buckets: tuple[int, ...] = ()
-    """Lengths that rows are padded to, besides seq_len; the step is compiled once for each."""
+    """Lengths that rows are padded to, besides seq_len; the step is compiled once for each. Of `speech` they are lengths of the transcript, and sound is padded to the same share of the model's longest and masked behind its end; without, there is silence up to the longest, as published models want it."""
     pool_batches: int = 16
     """Batches that are sorted by length together, where there are buckets."""
 

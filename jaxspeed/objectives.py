@@ -153,6 +153,19 @@ def _features(run: RunConfig, length: int) -> Leaves:
     return {"inputs": Leaf(run.model.feature_shape, np.float32), **_written(length)}
 
 
+def _heard(run: RunConfig, length: int) -> Leaves:
+    """With silence up to the model's length; or, where there are buckets, masked behind the same share of it."""
+    if not run.task.buckets:
+        return _features(run, length)
+    frames, channels = run.model.feature_shape
+    positions = math.ceil(frames // 2 * length / run.seq_len)
+    return {
+        "inputs": Leaf((2 * positions, channels), np.float32),
+        "segment_ids": Leaf((positions,)),
+        **_written(length),
+    }
+
+
 SPLIT_TASKS = frozenset(
     {"lm", "sft", "seq2seq", "span_corruption", "token_classification"}
 )
@@ -183,7 +196,7 @@ OBJECTIVES: Mapping[str, Objective] = {
         seq2seq_loss,
         lambda run, length: _source(run, length) | _written(target_len(run, length)),
     ),
-    "speech": Objective(seq2seq_loss, _features),
+    "speech": Objective(seq2seq_loss, _heard),
     "image_qa": Objective(seq2seq_loss, _features),
     "image_classification": Objective(
         classification_loss,

@@ -43,6 +43,8 @@ class TextModel:
     """None: the folder has none."""
     lead: tuple[int, ...]
     """Ids before a prompt."""
+    masks_sound: bool = False
+    """Whether sound was masked behind its end in training (`task.buckets`), not filled up with silence."""
 
     @property
     def start_id(self) -> int | None:
@@ -115,8 +117,8 @@ class TextModel:
             prompts, sampling, encoded=encoded, decode=decode, every=every
         )
 
-    def hear(self, files: Sequence[str]) -> np.ndarray:
-        """Returns what the encoder of a speech model reads of WAV files.
+    def hear(self, files: Sequence[str]) -> Sequence[np.ndarray] | np.ndarray:
+        """Returns what the encoder of a speech model reads of WAV files: with silence up to its longest, or each in its own length, as it was trained.
 
         Raises:
             ConfigError: the model is not one of speech, or a file cannot be read or is too long.
@@ -124,12 +126,23 @@ class TextModel:
         shape = getattr(self.writer.program.run.model, "feature_shape", ())
         if len(shape) != 2:
             raise ConfigError("audio: this model does not listen; leave it out")
-        return np.stack(
-            [
-                log_mel(read_wav(file), num_mel_bins=shape[1], frames=shape[0])
-                for file in files
-            ]
-        )
+        frames = None if self.masks_sound else shape[0]
+        heard = [
+            log_mel(read_wav(file), num_mel_bins=shape[1], frames=frames)
+            for file in files
+        ]
+        if frames is not None:
+            return np.stack(heard)
+        long = [
+            file
+            for file, rows in zip(files, heard, strict=True)
+            if len(rows) > shape[0]
+        ]
+        if long:
+            raise ConfigError(
+                f"audio: {long[0]} is longer than {shape[0]} frames of 10 ms; cut it"
+            )
+        return heard
 
     def look(self, files: Sequence[str]) -> np.ndarray:
         """Returns what the encoder of a model of images reads of image files, each in the model's size.
@@ -202,7 +215,9 @@ def open_writer(
         # A run's documents are led in by the end token (`jaxspeed.data.pack`), unless an encoder is read.
         framed = is_hugging_face(folder) or hasattr(program.run.model, "start_id")
         lead = tokenizer.frame(1).before if framed else (tokenizer.end_id,)
-    return TextModel(writer, tokenizer, load_template(folder), lead)
+    task = read_settings(folder).get("task")
+    masks_sound = isinstance(task, Mapping) and bool(task.get("buckets"))
+    return TextModel(writer, tokenizer, load_template(folder), lead, masks_sound)
 
 
 def _behind(first: np.ndarray, ids: np.ndarray) -> np.ndarray:
@@ -235,11 +250,15 @@ def _end_ids(folder: Path, tokenizer: Tokenizer | None) -> list[int]:
 
 
 def _encoded(source: Sequence[np.ndarray] | np.ndarray) -> Encoded:
-    """Returns the encoder's rows: features as they are, ids padded on the right."""
+    """Returns the encoder's rows: an array as it is, ids and spectrograms padded on the right and masked there."""
     if isinstance(source, np.ndarray):
         return Encoded(source)
-    length = -(-max(map(len, source)) // 16) * 16
-    rows = np.zeros((2, len(source), length), np.int32)
-    for i, ids in enumerate(source):
-        rows[0, i, : len(ids)], rows[1, i, : len(ids)] = ids, 1
-    return Encoded(rows[0], rows[1])
+    # Of ids each is a position, of frames each two; a model of sound has a longest.
+    each, unit = (1, 16) if source[0].ndim == 1 else (2, 1)
+    length = -(-max(map(len, source)) // (each * unit)) * unit
+    like = source[0]
+    rows = np.zeros((len(source), each * length, *like.shape[1:]), like.dtype)
+    segment_ids = np.zeros((len(source), length), np.int32)
+    for i, row in enumerate(source):
+        rows[i, : len(row)], segment_ids[i, : len(row) // each] = row, 1
+    return Encoded(rows, segment_ids)

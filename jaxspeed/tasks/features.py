@@ -18,15 +18,15 @@ from jaxspeed.tasks.records import BadRecordError
 
 
 def spectrogram_in(
-    record: Record, field: str, shape: tuple[int, ...], rate: int
+    record: Record, field: str, shape: tuple[int | None, int], rate: int
 ) -> Float32[np.ndarray, "F M"]:
-    """Returns a field's sound as a log-mel spectrogram, with silence up to the model's length.
+    """Returns a field's sound as a log-mel spectrogram.
 
     Args:
         record: of the data.
         field: holds samples (a list or an array, of integers or in [-1, 1]), samples with their
             rate (`{"array": ..., "sampling_rate": ...}`), or the path of a WAV file.
-        shape: the model's frames and channels.
+        shape: frames, by silence at the end (None: those of the sound), and channels.
         rate: samples a second where the field does not tell; 0: 16,000.
 
     Raises:

@@ -79,6 +79,7 @@ class Speech:
         self._shape, self._rate = run.model.feature_shape, run.task.sample_rate
         self._rate_field = rate[0] if rate else ""
         self._longest = self._shape[0] * HOP / RATE
+        self._fills = not run.task.buckets
         self._decoder = _Decoder(run, tokenizer, target, run.seq_len, "seq_len")
 
     def parts(self, record: Record) -> int:
@@ -92,9 +93,12 @@ class Speech:
         if not self.parts(record):
             return []
         rate = self._rate_of(record)
-        sound = spectrogram_in(record, self._sound, self._shape, rate)
+        shape = self._shape if self._fills else (None, self._shape[1])
+        heard = {"inputs": spectrogram_in(record, self._sound, shape, rate)}
+        if not self._fills:
+            heard["segment_ids"] = np.ones(len(heard["inputs"]) // 2, np.int32)
         written, long = self._decoder.rows(record)
-        return [Item({"inputs": sound} | written, long)]
+        return [Item(heard | written, long)]
 
     def reader(self, program: Program, params: Params) -> Inference:
         """Returns what gives the loss, and what the model writes."""
