@@ -56,6 +56,9 @@ B7, B8, B70, B405 = (
     llama.LLAMA3_405B,
 )
 
+LONG = {"context": "ring", "remat": "offload", "mlp_tiles": 8}
+"""A sequence of a million tokens."""
+
 JOBS = {
     "7b-v5p-full": Job(model=B7, topology="v5p:4x4x4", rows=4, settings={"remat": "full"}),
     "7b-v5p-attention": Job(model=B7, topology="v5p:4x4x4", rows=4, settings={"remat": "attention"}),
@@ -65,6 +68,8 @@ JOBS = {
     "7b-v5p-256": Job(model=B7, topology="v5p:4x8x8", rows=2, settings={"remat": "full"}),
     "7b-v5p-1024": Job(model=B7, topology="v5p:8x8x16", rows=1, settings={"remat": "full"}),
     "7b-v5p-stages": Job(model=B7, topology="v5p:4x4x4", mesh=MeshConfig(stage=4), accumulate=16, settings={"remat": "full", "zero": ZeroConfig(stage=1)}),
+    "8b-v5p-16-1m": Job(model=B8, topology="v5p:2x2x4", mesh=MeshConfig(context=16), seq=2**20, settings=LONG),
+    "8b-v5e-64-1m": Job(model=B8, topology="v5e:8x8", mesh=MeshConfig(context=64), seq=2**20, settings=LONG),
     "70b-v5p-256": Job(model=B70, topology="v5p:4x8x8", rows=2, seq=8192, settings={"remat": "full"}),
     "405b-v5p-1024": Job(model=B405, topology="v5p:8x8x16", rows=1, seq=8192, settings={"remat": "full"}),
     "mixtral-v5e-64": Job(model=mixtral.MIXTRAL_8X7B, topology="v5e:8x8", mesh=MeshConfig(expert=8), settings={"remat": "full", "moe": MoeConfig(capacity_factor=1.25)}),

@@ -39,6 +39,8 @@ class Ambient:
     """Where the program will run: cpu, gpu or tpu."""
     remat: str = "none"
     """Rematerialisation policy of scanned layers."""
+    mlp_tiles: int = 1
+    """Parts of a sequence that MLPs work on one after another."""
     tensor: int = 1
     """Size of the tensor axis; 1 makes sharding constraints vanish."""
     context: int = 1

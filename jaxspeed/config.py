@@ -586,6 +586,8 @@ class RunConfig(Generic[M]):
     """Held-out evaluation and samples."""
     remat: RematPolicy = "none"
     """What is computed again in the backward pass: none; full (keep only each layer's input); dots (keep matrix products); attention (keep what attention reads and gives); offload (keep each layer's input, in the host's memory)."""
+    mlp_tiles: int = 1
+    """Parts of each device's tokens that MLPs work on one after another: of very long sequences the inner activations of an MLP are most of a layer's memory. They are computed again in the backward pass, whatever remat says."""
     context: Literal["ulysses", "ring"] = "ulysses"
     """How attention reads a sequence that mesh.context splits. ulysses: each device takes whole sequences for its share of the heads (4 all-to-all a layer and pass). ring: keys and values go around, for any number of heads and the longest sequences."""
     attention: Literal["auto", "xla", "cpu", "cudnn", "splash"] = "auto"
@@ -613,7 +615,7 @@ class RunConfig(Generic[M]):
 
     def __post_init__(self) -> None:
         check_types(self, "")
-        for name in ("steps", "seq_len", "log_every"):
+        for name in ("steps", "seq_len", "log_every", "mlp_tiles"):
             positive(name, getattr(self, name))
         for name in ("global_batch_size", "micro_batch_size", "accumulate"):
             if getattr(self, name) is not None:

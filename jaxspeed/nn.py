@@ -7,9 +7,10 @@ nothing of NNX. Of the library only this module imports flax. ADR 0003.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +21,14 @@ from jaxspeed.ambient import ambient, current
 from jaxspeed.auxiliary import Auxiliary
 from jaxspeed.cache import Cache
 from jaxspeed.config import ConfigError
+from jaxspeed.ops.tiled import by_tiles
 from jaxspeed.pipeline import AXIS as STAGE, one_behind_another
 from jaxspeed.remat import RESIDUAL_NAME, checkpoint_layer
 from jaxspeed.sharding import Weight, is_weight, materialise, shard
 from jaxspeed.types import Params, PyTree
 
+
+Method = TypeVar("Method", bound=Callable[..., Any])
 
 Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
 
@@ -220,6 +224,38 @@ def split(model: Any) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     _refuse_untrainable(model, graphdef, state, rest)
     dims = jax.tree.map(_dims_of, state, is_leaf=lambda v: isinstance(v, nnx.Variable))
     return graphdef, nnx.to_pure_dict(state), _plain(dims)
+
+
+def in_tiles(mlp: Method) -> Method:
+    """Returns a module's method `mlp(self, x, ...) -> y` that goes by tiles of x (B, T, D) where the run says so (`mlp_tiles`).
+
+    While text is written it does not. Of a tile nothing is known but x: other arrays are None then.
+
+    Args:
+        mlp: does the same to each token.
+    """
+
+    @functools.wraps(mlp)
+    def tiled(module: Any, x: jax.Array, *rest: Any, **named: Any) -> jax.Array:
+        settings = current()
+        if settings.mlp_tiles == 1 or settings.cache is not None or x.ndim != 3:
+            return mlp(module, x, *rest, **named)
+        graphdef, weights = nnx.split(module)
+        nothing = (None,) * len(rest)
+        run = lambda weights, x: mlp(nnx.merge(graphdef, weights), x, *nothing, **named)
+        return by_tiles(run, weights, x)
+
+    _IN_TILES.add(tiled)
+    return cast(Method, tiled)
+
+
+_IN_TILES: set[Callable[..., Any]] = set()
+
+
+def goes_in_tiles(graphdef: Any) -> bool:
+    """Whether a part of a model does, if the run says so."""
+    kinds = (getattr(node, "type", object) for node in graphdef.nodes)
+    return any(vars(kind).get("__call__") in _IN_TILES for kind in kinds)
 
 
 def merge(graphdef: Any, params: Params) -> Any:

@@ -384,6 +384,9 @@ def build_program(
     custom = make_model is not None
     make_model = make_model or run.model.build
     graphdef, params, dims = nn.abstract(lambda: make_model(nn.rngs(jax.random.key(0))))
+    if run.mlp_tiles > 1 and not nn.goes_in_tiles(graphdef):
+        why = "no part of this model goes by tiles (jaxspeed.nn.in_tiles)"
+        raise config_error("mlp_tiles", run.mlp_tiles, why, "leave it out")
     targets = find_targets(run.lora, params, dims) if run.lora.rank else {}
     frozen = _frozen(run, targets, paths_of(params))
     if targets:
@@ -403,7 +406,7 @@ def build_program(
         mesh=mesh,
         settings=Ambient(
             compute=compute, activations=_dtype(run.dtype.activations, compute, platform), attention=run.attention,
-            platform="gpu" if platform in ("cuda", "rocm") else platform, remat=run.remat, tensor=sizes["tensor"],
+            platform="gpu" if platform in ("cuda", "rocm") else platform, remat=run.remat, mlp_tiles=run.mlp_tiles, tensor=sizes["tensor"],
             context=sizes["context"], context_by=run.context,
             expert=sizes["expert"], moe=run.moe, stage=sizes["stage"],
         ),

@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxspeed import ops
 from jaxspeed.config import ConfigError
 from jaxspeed.hf import Exchange, Heads, Row, required, setting
-from jaxspeed.nn import Layers, param
+from jaxspeed.nn import Layers, in_tiles, param
 from jaxspeed.sharding import shard
 from jaxspeed.types import Parameter
 from models.heads import (
@@ -306,6 +306,7 @@ class MLP(nnx.Module):
         self.w_up = param(NORMAL, rngs, (D, F), ("embed", "mlp"))
         self.w_down = param(NORMAL, rngs, (F, D), ("mlp", "embed"))
 
+    @in_tiles
     def __call__(
         self, x: Float[Array, "B T D"], segment_ids: Int[Array, "B T"] | None = None
     ) -> Float[Array, "B T D"]:

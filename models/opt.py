@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxspeed import ops
 from jaxspeed.hf import Exchange, Heads, Row, required, setting
-from jaxspeed.nn import Layers, param
+from jaxspeed.nn import Layers, in_tiles, param
 from jaxspeed.sharding import shard
 from jaxspeed.types import Parameter
 from models.heads import (
@@ -182,6 +182,7 @@ class MLP(nnx.Module):
         self.w_down = param(residual, rngs, (F, D), ("mlp", "embed"))
         self.b_down = param(ZEROS, rngs, (D,), ("embed",))
 
+    @in_tiles
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Returns w_down relu(w_up x), with biases."""
         up = shard(ops.linear(x, self.w_up, self.b_up[...]), "batch", "seq", "mlp")

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxspeed import ops
 from jaxspeed.hf import Exchange, Row, required, setting
-from jaxspeed.nn import Layers, param
+from jaxspeed.nn import Layers, in_tiles, param
 from jaxspeed.sharding import shard
 from jaxspeed.types import Parameter
 
@@ -254,6 +254,7 @@ class MLP(nnx.Module):
         self.w_up = param(normal(1 / D), rngs, (D, F), ("embed", "mlp"))
         self.w_down = param(normal(1 / F), rngs, (F, D), ("mlp", "embed"))
 
+    @in_tiles
     def __call__(self, x: Float[Array, "B T D"], *, site: int) -> Float[Array, "B T D"]:
         """Returns w_down(relu(w_up x)), or w_down(gelu(w_gate x) * w_up x)."""
         if self.gated:

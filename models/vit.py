@@ -27,7 +27,7 @@ from jaxspeed.hf import (
     setting,
     write_labels,
 )
-from jaxspeed.nn import Layers, param
+from jaxspeed.nn import Layers, in_tiles, param
 from jaxspeed.sharding import shard
 from models.heads import Labels, check_labels
 
@@ -176,6 +176,7 @@ class MLP(nnx.Module):
         self.w_down = param(NORMAL, rngs, (F, D), ("mlp", "embed"))
         self.b_down = param(ZEROS, rngs, (D,), ("embed",))
 
+    @in_tiles
     def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         """Returns w_down gelu(w_up x), with biases."""
         up = shard(ops.linear(x, self.w_up, self.b_up[...]), "batch", "seq", "mlp")

@@ -25,6 +25,7 @@ FACTORS: dict[str, Sequence[Any]] = {
     "compute": ["float32", "bfloat16", "float16"],
     "accumulate": [1, 4],
     "remat": list(REMAT_POLICIES),
+    "mlp_tiles": [1, 3],
     "family": ["gpt2", "llama"],
 }
 OTHERS = [name for name in members() if name not in FACTORS["family"]]

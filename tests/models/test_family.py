@@ -54,6 +54,10 @@ WINDOWS = ("llama, windows",)
 """A variant whose attention differs from layer to layer."""
 
 
+WITHOUT_TILES = ("lstm", "mixtral")
+"""Families without an MLP that goes token by token: a mixture's tokens compete for room."""
+
+
 @functools.cache
 def initialiser(name: str) -> Callable[[jax.Array], Any]:
     return jax.jit(lambda key: nn.initialise(lambda: ZOO[name].cfg.build(nn.rngs(key))))
@@ -317,6 +321,18 @@ def test_rematerialisation_changes_neither_loss_nor_gradients(
     name: str, policy: str
 ) -> None:
     step = jax.jit(jax.value_and_grad(mean_loss(name, remat=policy)))
+    assert_trees_close(step(parameters(name), batch(name)), gradients(name))
+
+
+@by_family
+def test_tiles_change_neither_loss_nor_gradients(name: str) -> None:
+    definition, _, _ = nn.abstract(
+        lambda: ZOO[name].cfg.build(nn.rngs(jax.random.key(0)))
+    )
+    if not nn.goes_in_tiles(definition):
+        assert name in WITHOUT_TILES
+        return
+    step = jax.jit(jax.value_and_grad(mean_loss(name, mlp_tiles=3)))
     assert_trees_close(step(parameters(name), batch(name)), gradients(name))
 
 
