@@ -74,7 +74,7 @@ JOBS = {
     "405b-v5p-1024": Job(model=B405, topology="v5p:8x8x16", rows=1, seq=8192, settings={"remat": "full"}),
     "mixtral-v5e-64": Job(model=mixtral.MIXTRAL_8X7B, topology="v5e:8x8", mesh=MeshConfig(expert=8), settings={"remat": "full", "moe": MoeConfig(capacity_factor=1.25)}),
     "8b-h100-8": Job(model=B8, topology="h100:8", rows=2, seq=8192, settings={"remat": "full"}),
-    "70b-h100-64": Job(model=B70, topology="h100:64", mesh=MeshConfig(tensor=8), rows=2, seq=8192, settings={"remat": "full"}),
+    "70b-h100-64": Job(model=B70, topology="h100:8x8", mesh=MeshConfig(tensor=8), rows=2, seq=8192, settings={"remat": "full"}),
 }  # fmt: skip
 
 

@@ -195,7 +195,10 @@ def _by_kernel(
         )
     k, v = _enough_heads(q.shape[2], k, v)
     kernel = functools.partial(_KERNELS[chosen], form=form)
-    if settings.tensor > 1 and chosen in ("splash", "cudnn"):
+    divides = q.shape[2] % settings.tensor == 0 == k.shape[2] % settings.tensor
+    # The compiler would split masks as well, in the middle of a loop over rows, and XLA's CPU backend then
+    # has devices wait for each other for ever (`jaxspeed.pipeline.run_schedule`).
+    if settings.tensor > 1 and (divides or chosen in ("splash", "cudnn")):
         kernel = _over_tensor(kernel, settings.tensor, q.shape[2], k.shape[2])
     out = kernel(q, k, v, segment_ids, key_segment_ids, bias)
     return checkpoint_name(out.astype(settings.activations), "attended")
