@@ -174,7 +174,7 @@ def _ring_fwd(
     like = jnp.zeros(q.shape, jnp.float32)
     low = jnp.full(q.shape[:-1], HIDDEN_SCORE, jnp.float32)
     first = _Softmax(like, low, jnp.zeros_like(low))
-    see = _seen_by(ring, segments, windowed, q.shape[3])
+    see = _seen_by(ring, segments, windowed, q)
 
     def add(
         state: _Softmax, nothing: tuple[()], keys: _Keys, part: "_Part"
@@ -184,7 +184,7 @@ def _ring_fwd(
         put = lambda x, y: x.at[:, :, :, part.queries].set(y)
         return jax.tree.map(put, state, new), nothing
 
-    keys = _Keys(pair, key_segments, jax.lax.axis_index(AXIS))
+    keys = _own_keys(pair, key_segments)
     state, _ = _around(ring, keys, first, (), add, q.shape[3])
     out = state.total / state.norm[..., None]
     normaliser = state.top + jnp.log(state.norm)
@@ -200,7 +200,7 @@ def _ring_bwd(
     q, pair, out, normaliser, segments, key_segments, windowed = residuals
     delta = jnp.sum(g.astype(jnp.float32) * out.astype(jnp.float32), -1)
     g = g.astype(ring.compute)
-    see = _seen_by(ring, segments, windowed, q.shape[3])
+    see = _seen_by(ring, segments, windowed, q)
 
     def add(
         d_q: Array, d_pair: Array, keys: _Keys, part: "_Part"
@@ -213,7 +213,7 @@ def _ring_bwd(
         d_pair = d_pair.at[:, :, part.keys].add(there)
         return d_q.at[:, :, :, chosen].add(here), d_pair
 
-    keys = _Keys(pair, key_segments, jax.lax.axis_index(AXIS))
+    keys = _own_keys(pair, key_segments)
     zeros = lambda like: jnp.zeros(like.shape, jnp.float32)
     d_q, d_pair = _around(ring, keys, zeros(q), zeros(pair), add, q.shape[3])
     return d_q.astype(q.dtype), d_pair.astype(pair.dtype), None, None, None
@@ -314,11 +314,25 @@ class _Sight(NamedTuple):
 
 
 def _seen_by(
-    ring: Ring, segments: Array | None, windowed: Array | None, tokens: int
+    ring: Ring, segments: Array | None, windowed: Array | None, q: Array
 ) -> _Sight:
     # The ambient settings are not in force in a backward pass.
-    places = places_on(jax.lax.axis_index(AXIS), tokens, "ring", ring.size)
-    return _Sight(ring, segments, windowed, places)
+    places = places_on(jax.lax.axis_index(AXIS), q.shape[3], "ring", ring.size)
+    return _Sight(ring, *_because_of(q, (segments, windowed, places)))
+
+
+def _own_keys(pair: Array, segments: Array | None) -> _Keys:
+    marks = _because_of(pair, (segments, jax.lax.axis_index(AXIS)))
+    return _Keys(pair, *marks)
+
+
+def _because_of(x: Array, marks: Any) -> Any:
+    """Returns marks, made to depend on x.
+
+    What depends on a scan's constants alone jax computes before the scan over layers, for all
+    its inner loops at once: of the masks of blocks this is T x T numbers a head.
+    """
+    return jax.lax.optimization_barrier((marks, x))[0]
 
 
 def _blocks(length: int, most: int) -> int:
