@@ -8,7 +8,8 @@ Nothing is run. Each job is compiled in a process of its own, so that its time a
 
 `peak` is the compiler's peak memory of a chip, `state` what it holds between steps, `cycles` the sum of
 the compiler's estimates over all operations divided by the clock: attention kernels and collectives
-are not in it. TPUs need `pip install 'jaxspeed[tpu]'`, GPUs `'jaxspeed[cuda12]'`.
+are not in it. `roofline` is the larger of the model's products at the chip's peak (nothing computed
+again) and of the traffic over all links at once. TPUs need `pip install 'jaxspeed[tpu]'`, GPUs `'jaxspeed[cuda12]'`.
 """
 
 import argparse
@@ -19,12 +20,13 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from jaxspeed import launch
 from jaxspeed.config import DTypeConfig, MeshConfig, MoeConfig, RunConfig, ZeroConfig
-from models import llama, mixtral
+from models import gpt2, llama, mixtral, opt
 
 
 BAD = "Involuntary full rematerialization"
@@ -60,12 +62,16 @@ LONG = {"context": "ring", "remat": "offload", "mlp_tiles": 8}
 """A sequence of a million tokens."""
 
 JOBS = {
+    "124m-v5e-1": Job(model=gpt2.SMALL, topology="v5e:1x1", rows=16, seq=1024, settings={"zero": ZeroConfig(stage=0)}),
+    "1.3b-v5e-8": Job(model=opt.OPT_1_3B, topology="v5e:2x4", rows=4, seq=2048, settings={"remat": "attention"}),
     "7b-v5p-full": Job(model=B7, topology="v5p:4x4x4", rows=4, settings={"remat": "full"}),
     "7b-v5p-attention": Job(model=B7, topology="v5p:4x4x4", rows=4, settings={"remat": "attention"}),
     "7b-v5p-dots": Job(model=B7, topology="v5p:4x4x4", rows=4, settings={"remat": "dots"}),
     "7b-v5p-tensor": Job(model=B7, topology="v5p:4x4x4", mesh=MeshConfig(tensor=4), rows=16, settings={"remat": "full"}),
     "7b-v5p-8": Job(model=B7, topology="v5p:2x2x2", rows=2, settings={"remat": "full"}),
     "7b-v5p-256": Job(model=B7, topology="v5p:4x8x8", rows=2, settings={"remat": "full"}),
+    "7b-v5p-256-8-layers": Job(model=dataclasses.replace(B7, num_layers=8), topology="v5p:4x8x8", rows=2, settings={"remat": "full"}),
+    "7b-v5p-256-128-layers": Job(model=dataclasses.replace(B7, num_layers=128), topology="v5p:4x8x8", rows=2, settings={"remat": "full"}),
     "7b-v5p-1024": Job(model=B7, topology="v5p:8x8x16", rows=1, settings={"remat": "full"}),
     "7b-v5p-stages": Job(model=B7, topology="v5p:4x4x4", mesh=MeshConfig(stage=4), accumulate=16, settings={"remat": "full", "zero": ZeroConfig(stage=1)}),
     "8b-v5p-16-1m": Job(model=B8, topology="v5p:2x2x4", mesh=MeshConfig(context=16), seq=2**20, settings=LONG),
@@ -73,6 +79,7 @@ JOBS = {
     "70b-v5p-256": Job(model=B70, topology="v5p:4x8x8", rows=2, seq=8192, settings={"remat": "full"}),
     "405b-v5p-1024": Job(model=B405, topology="v5p:8x8x16", rows=1, seq=8192, settings={"remat": "full"}),
     "mixtral-v5e-64": Job(model=mixtral.MIXTRAL_8X7B, topology="v5e:8x8", mesh=MeshConfig(expert=8), settings={"remat": "full", "moe": MoeConfig(capacity_factor=1.25)}),
+    "30b-a3b-v5p-64": Job(model=mixtral.QWEN3_30B_A3B, topology="v5p:4x4x4", mesh=MeshConfig(expert=8), settings={"remat": "full"}),
     "8b-h100-8": Job(model=B8, topology="h100:8", rows=2, seq=8192, settings={"remat": "full"}),
     "70b-h100-64": Job(model=B70, topology="h100:8x8", mesh=MeshConfig(tensor=8), rows=2, seq=8192, settings={"remat": "full"}),
 }  # fmt: skip
@@ -87,7 +94,7 @@ def main() -> int:
     if args.list:
         sys.stdout.write("\n".join(JOBS) + "\n")
         return 0
-    heading = "job|mesh|parameters|compile s|host GB|state GB|peak GB|cycles s|wire GB (overlapped)".split(
+    heading = "job|mesh|parameters|compile s|host GB|state GB|peak GB|cycles s|roofline s|wire GB (overlapped)".split(
         "|"
     )
     write = lambda *cells: sys.stdout.write("| " + " | ".join(cells) + " |\n")
@@ -147,6 +154,7 @@ def compile_job(job: Job) -> dict[str, Any]:
     except LedgerError:
         cycles = None  # not a TPU
     params = program.abstract_state["params"]
+    rows = read_ledger(compiled, axes).rows()
     return {
         "mesh": {axis: n for axis, n in axes.items() if n > 1},
         "parameters": sum(x.size for x in jax.tree.leaves(params)),
@@ -155,8 +163,22 @@ def compile_job(job: Job) -> dict[str, Any]:
         "state_bytes": memory.alias_size_in_bytes,
         "peak_bytes": memory.peak_memory_in_bytes,
         "cycles_seconds": cycles,
-        "collectives": read_ledger(compiled, axes).rows(),
+        "roofline_seconds": _roofline(job, topology, program.batch.global_size, rows),
+        "collectives": rows,
     }
+
+
+def _roofline(
+    job: Job, topology: Any, batch: int, collectives: Sequence[dict[str, Any]]
+) -> float:
+    """Returns the seconds that no step can do without: its model's products at the chip's peak, or its traffic over all links at once."""
+    chip, chips = topology.chip, len(topology.devices)
+    products = job.model.flops_per_token(job.seq) * batch * job.seq / chips
+    traffic = sum(row["wire_bytes"] for row in collectives)
+    return max(
+        products / chip.peak_flops["bfloat16"],
+        traffic / (chip.links * chip.link_bandwidth),
+    )
 
 
 def _cells(found: dict[str, Any]) -> list[str]:
@@ -175,6 +197,7 @@ def _cells(found: dict[str, Any]) -> list[str]:
         f"{found['state_bytes'] / 1e9:.2f}",
         f"{found['peak_bytes'] / 1e9:.2f}",
         "" if cycles is None else f"{cycles:.2f}",
+        f"{found['roofline_seconds']:.2f}",
         "; ".join(sent),
     ]
 

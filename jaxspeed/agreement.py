@@ -29,7 +29,7 @@ PATIENCE_S = 600.0
 """How long the others are waited for; one may train a tokenizer meanwhile."""
 
 LAST_S = 10.0
-"""That process 0 stays at most for the others to leave."""
+"""That process 0 stays at most for another one to leave or to have read the verdict."""
 
 CLOSING_S = 5.0
 """How long the door of a process that ends may stay open after its links are cut."""
@@ -72,6 +72,10 @@ def agree(topic: str, mine: Mapping[str, Any]) -> None:
     if verdict is None:
         verdict = f"{topic}: process 0 did not come as far within {PATIENCE_S:g} s"
     if verdict != "agreed":
+        # The service is in process 0, and ends with it.
+        client.key_value_set(f"{key}/{me}/read", "")
+        for number in range(count if me == 0 else 0):
+            _get(client, f"{key}/{number}/read", LAST_S)
         raise Disagreement(verdict)
 
 

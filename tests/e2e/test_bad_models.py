@@ -187,6 +187,13 @@ def test_sound_of_a_rate_that_is_none(tmp_path: Path, refused: Refused) -> None:
         file.writeframes(np.zeros(500, "<i2").tobytes())
     sound = str(tmp_path / "a.wav")
     data = lines(tmp_path / "s.jsonl", lambda i: {"speech": sound, "text": f"word {i}"})
-    flags = ["--data.path", data, "--task.input_fields", "speech"]
+    flags = [
+        "--data.path",
+        data,
+        "--task.input_fields",
+        "speech",
+        "--task.buckets",
+        "8",
+    ]
     said = refused("configs/whisper_speech.py", *flags, *sizes(EARS))
     assert "a.wav: 500 samples a second; sound has 1000 to 768000" in said

@@ -376,7 +376,12 @@ ZOO: dict[str, Member] = {
         "seq2seq",
         seq2seq_loss,
         sounds,
-        stds={"waves": None},
+        initial_loss=None,  # its logits are not small
+        # Of a convolution by what it sums, which differs from one to the other.
+        stds={
+            "waves": None, "w": None, "w_down": 64**-0.5,
+            **dict.fromkeys(("wq", "wk", "wv", "wo", "w_up", "embed", "positions"), D**-0.5),
+        },
     ),
 }  # fmt: skip
 
