@@ -145,10 +145,10 @@ class Neighbours:
         """
         first, self._noticed = not self._noticed, True
         deadline = time.monotonic() + CLOSING_S
-        gone = self._closed()
-        while self._doors and not gone and time.monotonic() < deadline:
+        while not (gone := self._closed()) and self._doors:
+            if time.monotonic() > deadline:
+                break
             time.sleep(0.1)
-            gone = self._closed()
         if gone and first:
             word = f"{self._token} {json.dumps(gone)}".encode()
             for n, door in enumerate(self._doors):

@@ -284,7 +284,7 @@ def _paired(rows: list[Any], source: Any) -> tuple[list[Any], Any]:
     import numpy as np
 
     if len(rows) > 1 and len(source) == 1:
-        return rows, np.repeat(np.asarray(source), len(rows), 0)
+        return rows, np.repeat(source, len(rows), 0)
     if len(rows) == 1:
         return rows * len(source), source
     if len(rows) != len(source):
