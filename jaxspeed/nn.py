@@ -261,15 +261,38 @@ def goes_in_tiles(graphdef: Any) -> bool:
 def merge(graphdef: Any, params: Params) -> Any:
     """Returns the model with these parameters.
 
-    `Weight`s outside stacked layers are materialised here, those inside by `Layers`.
+    `Weight`s outside stacked layers are materialised here, those inside by `Layers`. A table of tokens
+    keeps the one that it was made of for as long as nothing reads it: see `jaxspeed.sharding.opened_last`.
     """
+    tables: dict[int, Weight] = {}
 
     def enter(weight: Any) -> Any:
-        stacked = isinstance(weight, Weight) and weight.placement.stacked
-        return weight if stacked or _is_unstacked(weight) else materialise(weight)
+        if not is_weight(weight):
+            return weight
+        if weight.placement.stacked:
+            return weight
+        array = weight.materialise()
+        if weight.placement.dims == TABLE and weight.reduces:
+            tables[id(array)] = weight
+        return array
 
     whole = lambda x: is_weight(x) or _is_unstacked(x)
-    return nnx.merge(graphdef, jax.tree.map(enter, params, is_leaf=whole))
+    model = nnx.merge(graphdef, jax.tree.map(enter, params, is_leaf=whole))
+    if tables:
+        for _, node in nnx.iter_graph(model):
+            if isinstance(node, nnx.Variable) and id(node.get_raw_value()) in tables:
+                weight = tables[id(node.get_raw_value())]
+                node.set_metadata(unread=weight, on_get_value=_read)
+    return model
+
+
+TABLE = ("vocab", "embed")
+"""The dims of a table of tokens."""
+
+
+def _read(variable: nnx.Variable, value: Any) -> Any:
+    variable.set_metadata(unread=None)
+    return value
 
 
 def abstract(

@@ -196,6 +196,37 @@ def opened(parameter: Any) -> tuple[Any, int | None]:
     return held, tensor_dim(held.shape, dims, current().tensor) if known else None
 
 
+def opened_last(parameter: Any, x: Array) -> tuple[Array, Any, int | None]:
+    """Returns x, and what `opened` does of a parameter of which this is the last use, and the only one of its array.
+
+    If so, its gradient is whole as soon as there is one, and is reduced before that of x goes on: otherwise
+    a compiler keeps it so until all layers are done. If something has read it before, nothing is ordered.
+    """
+    weight = getattr(parameter, "unread", None)
+    if weight is None or weight.slot is None:
+        return x, *opened(parameter)
+    made: Any = _reduced_first(x, weight.slot)
+    x, slot = made
+    held = dataclasses.replace(weight, slot=slot).materialise()
+    return x, held, tensor_dim(held.shape, parameter.dims, current().tensor)
+
+
+@jax.custom_vjp
+def _reduced_first(x: Array, slot: Array) -> tuple[Array, Array]:
+    return x, slot
+
+
+def _reduced_first_fwd(x: Array, slot: Array) -> tuple[tuple[Array, Array], None]:
+    return (x, slot), None
+
+
+def _reduced_first_bwd(_: None, gradients: tuple[Array, Array]) -> tuple[Array, Array]:
+    return jax.lax.optimization_barrier(gradients)
+
+
+_reduced_first.defvjp(_reduced_first_fwd, _reduced_first_bwd)
+
+
 def splits_sequence(length: int) -> bool:
     """Whether the devices of `tensor` share the tokens of a sequence between its products (Megatron's sequence parallelism, arXiv 2205.05198 section 4.2.2).
 
@@ -294,6 +325,13 @@ class Weight:
     placement: Placement = dataclasses.field(metadata={"static": True})
     reduce_dtype: Any = dataclasses.field(metadata={"static": True})
 
+    @property
+    def reduces(self) -> bool:
+        """Whether a gradient is reduced as soon as it exists."""
+        place = self.placement
+        trained = self.slot is not None and place.zero_dim is not None
+        return trained and "gradient" in place.sharded
+
     def __getitem__(self, index: Any) -> Array:
         """Returns part of the whole parameter, so that a loss may read it as it reads an array."""
         return self.materialise()[index]
@@ -317,6 +355,7 @@ class Weight:
             reduce_dtype=self.reduce_dtype,
             constrain=current().tensor > 1,
             ndim=self.copy.ndim,
+            apart=current().platform == "tpu",
         )
         slot = jnp.zeros((), jnp.float32) if self.slot is None else self.slot
         return _materialise(plan, self.copy, slot)
@@ -398,6 +437,8 @@ class _Plan:
     reduce_dtype: Any
     constrain: bool
     ndim: int
+    apart: bool
+    """Whether a layer's shard is laid out for itself: as it lies in its stack, a TPU may pad what is gathered to twice its size."""
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -410,6 +451,8 @@ def _whole(plan: _Plan, copy: Array) -> Array:
     tensor = plan.spec if plan.constrain else None
     if plan.gather is not None:
         dim = plan.gather % plan.ndim
+        if plan.apart:
+            copy = jax.lax.optimization_barrier(copy)
         copy = all_gather(copy, dim, plan.axes, plan.compute, tensor)
     elif tensor is not None:
         copy = jax.lax.with_sharding_constraint(copy, tensor)

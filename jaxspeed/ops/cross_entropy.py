@@ -22,7 +22,7 @@ from jaxspeed.ops.linear import (
     rows_product,
     scatter_sequence,
 )
-from jaxspeed.sharding import on_tensor, opened, shard, splits_sequence
+from jaxspeed.sharding import on_tensor, opened_last, shard, splits_sequence
 from jaxspeed.types import Parameter, Sums
 
 
@@ -57,7 +57,7 @@ def fused_cross_entropy(
     )
     # What does not count may be anything (-100, say), but must not index outside.
     targets = targets if mask is None else jnp.where(mask, targets, 0)
-    table, split = opened(embedding)
+    hidden, table, split = opened_last(embedding, hidden)
     plan = _Plan(current().compute, split == 0, False)
     if not plan.split:
         hidden = shard(hidden, *(None,) * hidden.ndim)

@@ -311,6 +311,9 @@ def _products_bwd(
         )
         for g, (_, b) in zip(gs, matrices, strict=True)
     ]
+    if not plan.flat:
+        # Else a TPU's compiler puts them off, with all that they read, until after the layer's attention.
+        gs, given = jax.lax.optimization_barrier((gs, given))
     parts = list(zip(gs, [w for w, _ in matrices], plan.split, strict=True))
     whole = [_input_gradient(plan, g, w) for g, w, split in parts if not split]
     halves = [(g, w) for g, w, split in parts if split]

@@ -2,6 +2,7 @@
 """Bytes and collectives of the compiled step equal ZeRO's formulas (arXiv 1910.02054 sections 5 and 7)."""
 
 import math
+import re
 from typing import Any
 
 import jax
@@ -95,6 +96,21 @@ def test_stage_3_gathers_again_in_the_backward_pass_whatever_is_kept(
     rest = num_params(program) - layers
     # Biases are added, not multiplied by: the backward pass has no use for them.
     assert 1.9 * layers + rest < ledger.elements("all-gather") <= 2 * layers + rest
+
+
+@pytest.mark.parametrize(
+    ("family", "stage", "ordered"),
+    [("llama", 3, True), ("llama", 2, True), ("llama", 1, False), ("gpt2", 3, False)],
+)
+def test_output_embedding_of_its_own_is_reduced_before_the_layers_go_back(
+    family: str, stage: int, *, ordered: bool
+) -> None:
+    program = program_of(config(family=family, stage=stage, mesh=FSDP["fsdp"]))
+    vocab = ZOO[family].cfg.vocab_size
+    text = program.lower_step(NAMES).as_text()
+    barriers = re.findall(r"optimization_barrier .*", text)
+    shard = f"tensor<{vocab // 8}x{D}xf32>"
+    assert any(shard in barrier for barrier in barriers) == ordered
 
 
 def test_stage_2_and_3_keep_no_whole_gradient() -> None:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxspeed.ambient import ambient
 from jaxspeed.ops import RopeScaling, rotate
 
 
@@ -53,6 +54,22 @@ def test_gradient_is_the_inverse_rotation() -> None:
     x, at = heads(), positions(start=3)
     y, pull = jax.vjp(lambda x: turn(x, at, 100.0), jnp.asarray(x))
     np.testing.assert_allclose(pull(y)[0], x, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_halves_swapped_by_a_product_are_the_same_bits(dtype: Any) -> None:
+    at, given = jnp.asarray(positions(start=3)), jnp.asarray(heads(), dtype)
+
+    def both(x: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
+        y, pull = jax.vjp(lambda x: rotate(x, at, theta=100.0), x)
+        return y, pull(g)[0]
+
+    found = []
+    for platform in ("cpu", "tpu"):
+        with ambient(platform=platform):
+            found.append(both(given, given[::-1]))
+    for moved, multiplied in zip(*found, strict=True):
+        np.testing.assert_array_equal(moved, multiplied)
 
 
 def test_position_zero_changes_nothing() -> None:
