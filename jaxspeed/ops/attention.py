@@ -7,7 +7,7 @@ tokens before from the cache and adds its own; a model file does not know which 
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +20,7 @@ from jaxspeed.ambient import current
 from jaxspeed.cache import Cache
 from jaxspeed.config import ConfigError, config_error
 from jaxspeed.ops.cpu_attention import HIDDEN_SCORE, Reach, cpu_attention
+from jaxspeed.ops.splash import splash_attention
 from jaxspeed.ops.split_attention import exchange, own_heads, ring_attention
 from jaxspeed.sharding import key_head_copies, on_tensor, shard
 
@@ -132,6 +133,7 @@ def _split(
         attended = ring_attention(
             q, k, v, ids, key_ids, windowed, causal=form.causal, window=form.window,
             scale=q.shape[-1] ** -0.5 if scale is None else scale,
+            kernel=choose_for_ring(settings.attention, settings.platform, settings.compute, q.shape, form, k.shape[1])[0],
         )  # fmt: skip
         return attended.astype(settings.activations)
 
@@ -292,6 +294,42 @@ def choose_attention(
     lengths = q_shape[1], q_shape[1] if num_keys is None else num_keys
     case = _Case(platform, jnp.dtype(compute).name, *lengths, q_shape[3], form)
     refusals = {name: refuse(case) for name, refuse in _REFUSALS.items()}
+    return _choose(asked, refusals, "attention kernel")
+
+
+@functools.cache
+def choose_for_ring(
+    asked: str,
+    platform: str,
+    compute: Any,
+    q_shape: tuple[int, ...],
+    form: Form,
+    num_keys: int,
+) -> tuple[str, str]:
+    """Returns what makes the blocks of a ring, and why: splash, or xla (`jaxspeed.ops.split_attention`'s own products).
+
+    Args:
+        asked: as in `choose_attention`, and so are the others.
+        platform: of the devices.
+        compute: dtype.
+        q_shape: of one device's queries.
+        form: of the attention.
+        num_keys: of one device.
+
+    Raises:
+        ConfigError: the kernel asked for makes no blocks, or cannot run here.
+    """
+    parts = 2 if form.causal else 1  # of a sequence, which meet others one by one
+    lengths = q_shape[1] // parts, num_keys // parts
+    case = _Case(platform, jnp.dtype(compute).name, *lengths, q_shape[3], form)
+    windows = "has no windows in a ring" if form.window else ""
+    none = "makes no blocks of a ring"
+    splash = _refuse_splash(case) or windows
+    refusals = {"splash": splash, "cudnn": none, "cpu": none, "xla": ""}
+    return _choose(asked, refusals, "attention kernel in the ring")
+
+
+def _choose(asked: str, refusals: Mapping[str, str], what: str) -> tuple[str, str]:
     if asked != "auto":
         if refusals[asked]:
             raise ConfigError(
@@ -303,7 +341,7 @@ def choose_attention(
         "; ".join(f"{name}: {why_not}" for name, why_not in refusals.items() if why_not)
         or "first choice"
     )
-    logger.info("attention kernel: %s (%s)", chosen, why)
+    logger.info("%s: %s (%s)", what, chosen, why)
     return chosen, why
 
 
@@ -446,37 +484,7 @@ def _splash(
     form: Form,
 ) -> Array:
     del bias  # refused
-    from jax.experimental.pallas.ops.tpu.splash_attention import (
-        splash_attention_kernel as kernel,
-        splash_attention_mask as masks,
-    )
-
-    T, S, N, K = q.shape[1], k.shape[1], q.shape[2], k.shape[2]
-    if form.reach == (None, None):
-        mask = masks.FullMask((T, S))
-    else:
-        mask = masks.LocalMask((T, S), form.reach, 0)
-    size = functools.partial(_largest_divisor, (1024, 512, 256, 128))
-    t, s = size(T), size(S)
-    sizes = kernel.BlockSizes(
-        block_q=t, block_kv=s, block_kv_compute=s, block_q_dkv=t, block_kv_dkv=s,
-        block_kv_dkv_compute=s, block_q_dq=t, block_kv_dq=s,
-    )  # fmt: skip
-    run = kernel.make_splash_mha_single_device(
-        masks.MultiHeadMask([mask] * N), block_sizes=sizes
-    )
-    k, v = (jnp.repeat(x, N // K, axis=2) for x in (k, v))
-    q, k, v = (x.swapaxes(1, 2) for x in (q * q.shape[-1] ** -0.5, k, v))
-    segments = None
-    if segment_ids is not None:
-        theirs = segment_ids if key_segment_ids is None else key_segment_ids
-        segments = kernel.SegmentIds(segment_ids, theirs)
-    attended: Any = jax.vmap(run)(q, k, v, segments)
-    return attended.swapaxes(1, 2)
-
-
-def _largest_divisor(candidates: tuple[int, ...], length: int) -> int:
-    return next(size for size in candidates if length % size == 0)
+    return splash_attention(q, k, v, segment_ids, key_segment_ids, form.reach)
 
 
 _KERNELS: dict[str, Callable[..., Array]] = {

@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxspeed.ambient import current
 from jaxspeed.config import config_error, divisors
 from jaxspeed.context import AXIS, places_on
+from jaxspeed.ops import splash
 from jaxspeed.ops.cpu_attention import HIDDEN_SCORE
 from jaxspeed.remat import NORMALISER_NAME
 
@@ -91,6 +92,8 @@ class Ring(NamedTuple):
     compute: Any
     causal: bool
     window: int
+    kernel: str
+    """What makes the blocks: splash, or xla."""
 
 
 def ring_attention(
@@ -104,6 +107,7 @@ def ring_attention(
     causal: bool,
     window: int,
     scale: float,
+    kernel: str = "xla",
 ) -> Float[Array, "B T N H"]:
     """Returns attention to the keys of all devices, which pass by one device's after another's.
 
@@ -120,6 +124,7 @@ def ring_attention(
         causal: hide keys after the query.
         window: hide keys that lie this many tokens or more from the query; 0: none.
         scale: of the scores.
+        kernel: what makes the blocks, splash or xla (products of this module).
     """
     settings = current()
     B, T, N, H = q.shape
@@ -129,7 +134,7 @@ def ring_attention(
     pair = jnp.concatenate([k.astype(compute), v.astype(compute)], -1).swapaxes(1, 2)
     if segment_ids is not None and key_segment_ids is None:
         key_segment_ids = segment_ids
-    ring = Ring(settings.context, compute, causal, window)
+    ring = Ring(settings.context, compute, causal, window, kernel)
     out: Any = _ring(ring, queries, pair, segment_ids, key_segment_ids, windowed)
     return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
@@ -414,6 +419,8 @@ def _add_up(
     state: _Softmax, q: Array, keys: _Keys, part: _Part, sight: _Sight
 ) -> _Softmax:
     """Returns the softmax with a block of pairs added, some queries by some keys at a time."""
+    if sight.ring.kernel == "splash":
+        return _joined_up(state, _by_splash(q, keys, part, sight))
     H = q.shape[-1]
     cut, here, there = _in_blocks(sight, keys, part)
 
@@ -451,6 +458,12 @@ def _take_back(
     sight: _Sight,
 ) -> tuple[Array, Array]:
     """Returns what a block of pairs gives to d_q and d_pair (arXiv 2205.14135 algorithm 4)."""
+    if sight.ring.kernel == "splash":
+        given = _for_splash(q, keys, part, sight)
+        rows = [_by_heads(x) for x in (normaliser, g, delta)]
+        d_q, d_k, d_v = splash.part_gradients(*given, *rows)
+        d_pair = jnp.concatenate([d_k, d_v], -1).astype(jnp.float32)
+        return d_q.reshape(q.shape).astype(jnp.float32), d_pair
     H = q.shape[-1]
     cut, here, there = _in_blocks(sight, keys, part)
 
@@ -477,6 +490,39 @@ def _take_back(
     zeros = jnp.zeros(there[0].shape, jnp.float32)
     d_pairs, d_q = jax.lax.scan(some_queries, zeros, blocks)
     return _joined(d_q, 3), _joined(d_pairs, 2)
+
+
+def _by_splash(q: Array, keys: _Keys, part: _Part, sight: _Sight) -> _Softmax:
+    """Returns the softmax of a block of pairs alone."""
+    out, normaliser = splash.part(*_for_splash(q, keys, part, sight))
+    # Of a query that sees none of these keys the kernel's is lower still: it must not hide all others.
+    top = jnp.maximum(normaliser.reshape(q.shape[:-1]), HIDDEN_SCORE)
+    total = out.reshape(q.shape).astype(jnp.float32)
+    return _Softmax(total, top, jnp.ones_like(top))
+
+
+def _for_splash(q: Array, keys: _Keys, part: _Part, sight: _Sight) -> tuple[Any, ...]:
+    H = q.shape[-1]
+    pair = keys.pair[:, :, part.keys]
+    reach = splash.EARLIER if part.ordered else splash.EVERYONE
+    mine, theirs = (
+        None if ids is None else ids[:, chosen]
+        for ids, chosen in ((sight.segments, part.queries), (keys.segments, part.keys))
+    )
+    return _by_heads(q), pair[..., :H], pair[..., H:], mine, theirs, reach
+
+
+def _by_heads(x: Float[Array, "B K G ..."]) -> Float[Array, "B N ..."]:
+    return x.reshape(x.shape[0], -1, *x.shape[3:])
+
+
+def _joined_up(a: _Softmax, b: _Softmax) -> _Softmax:
+    """Returns the softmax over the keys of both."""
+    top = jnp.maximum(a.top, b.top)
+    shares = jnp.exp(a.top - top), jnp.exp(b.top - top)
+    add = lambda x, y, by: x * by(shares[0]) + y * by(shares[1])
+    total = add(a.total, b.total, lambda share: share[..., None])
+    return _Softmax(total, top, add(a.norm, b.norm, lambda share: share))
 
 
 def _product(equation: str, a: Array, b: Array) -> Array:

@@ -2,6 +2,7 @@
 """Ulysses and ring attention give what attention over whole sequences gives, gradients included."""
 
 import functools
+import importlib
 from typing import Any
 
 import jax
@@ -15,7 +16,11 @@ from jaxspeed.ambient import ambient
 from jaxspeed.config import ConfigError
 from jaxspeed.context import AXIS, device_order, parts_of, token_places
 from jaxspeed.ops import split_attention
+from jaxspeed.ops.attention import Form
 
+
+attention: Any = importlib.import_module("jaxspeed.ops.attention")
+"""The module, whose name the function takes in `jaxspeed.ops`."""
 
 B, T, N, K, H = 2, 32, 4, 2, 8
 FORMS: dict[str, dict[str, Any]] = {
@@ -93,6 +98,88 @@ def test_split_attention_is_attention(
     theirs = whole_run(arrays, **FORMS[form])
     for mine, true in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(mine, true, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("size", "how"), [(4, {}), (2, {}), (3, {"causal": False})])
+def test_ring_of_splash_kernels_is_attention(
+    size: int, how: dict[str, Any], packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interpret_splash(monkeypatch)
+    length = size * (256 if how == {} else 128)
+    rng = np.random.default_rng(0)
+    shapes = [(2, length, n, 64) for n in (4, 2, 2, 4)]
+    q, k, v, g = (rng.normal(size=shape).astype(np.float32) for shape in shapes)
+    ids = documents(length) if packed else None
+    arrays = (q, k, v, g, ids, None)
+    ours, theirs = split_run("ring", size, arrays, **how), whole_run(arrays, **how)
+    for mine, true in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(mine, true, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_query_that_sees_no_key_in_a_ring_of_splash_kernels_hides_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    interpret_splash(monkeypatch)
+    rng = np.random.default_rng(0)
+    q, k, v, g = (rng.normal(size=(1, 256, 1, 64)).astype(np.float32) for _ in range(4))
+    ids, key_ids = np.full((1, 256), 1, np.int32), np.full((1, 256), 1, np.int32)
+    ids[:, 200:] = 7
+    g[:, 200:] = 0
+    arrays = (q, k, v, g, ids, key_ids)
+    ours = split_run("ring", 2, arrays, causal=False)
+    theirs = whole_run(arrays, causal=False)
+    assert all(np.isfinite(x).all() for x in ours)
+    np.testing.assert_allclose(
+        ours[0][:, :200], theirs[0][:, :200], rtol=1e-4, atol=1e-4
+    )
+    for mine, true in zip(ours[1:], theirs[1:], strict=True):
+        np.testing.assert_allclose(mine, true, rtol=1e-4, atol=1e-4)
+
+
+def interpret_splash(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets the ring take the TPU's kernels here."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_kernel as kernels,
+    )
+
+    make = functools.partial(kernels.make_splash_mha_single_device, interpret=True)
+    monkeypatch.setattr(kernels, "make_splash_mha_single_device", make)
+    monkeypatch.setattr(attention, "choose_for_ring", lambda *_: ("splash", "a test"))
+
+
+CHOICES = {
+    "cpu: makes no blocks": ("auto", "tpu", (1, 256, 4, 64), Form(), "splash"),
+    "needs a TPU": ("auto", "cpu", (1, 256, 4, 64), Form(), "xla"),
+    "by 128, not 64": ("auto", "tpu", (1, 128, 4, 64), Form(), "xla"),
+    "no windows": ("auto", "tpu", (1, 256, 4, 64), Form(window=8), "xla"),
+    "asked for": ("xla", "tpu", (1, 256, 4, 64), Form(), "xla"),
+}
+
+
+@pytest.mark.parametrize("why", list(CHOICES))
+def test_what_makes_the_blocks_of_a_ring(why: str) -> None:
+    asked, platform, shape, form, chosen = CHOICES[why]
+    kernel, reason = attention.choose_for_ring(
+        asked, platform, jnp.dtype("bfloat16"), shape, form, shape[1]
+    )
+    assert kernel == chosen
+    assert why in reason
+
+
+@pytest.mark.parametrize(
+    ("asked", "why"),
+    [("cudnn", "makes no blocks of a ring"), ("splash", "needs a TPU")],
+)
+def test_kernel_that_a_ring_cannot_use_is_refused(asked: str, why: str) -> None:
+    with pytest.raises(
+        ConfigError, match=f"attention='{asked}' cannot run here: {why}"
+    ):
+        attention.choose_for_ring(
+            asked, "cpu", jnp.dtype("bfloat16"), (1, 256, 4, 64), Form(), 256
+        )
 
 
 @pytest.mark.parametrize("by", ["ulysses", "ring"])
