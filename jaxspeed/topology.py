@@ -63,6 +63,17 @@ Without the last one a gradient's over a three-dimensional slice (v5p:4x4x4) is 
 each chip keeps its part, and everything waits for it (libtpu 0.0.42).
 """
 
+SPARSE_CORE_GATHER: CompilerOptions = {
+    "xla_tpu_enable_sparse_core_collective_offload_all_gather": True,
+    "xla_tpu_enable_sparse_core_collective_offload_2d_all_gather": True,
+    "xla_tpu_enable_sparse_core_collective_offload_3d_all_gather": True,
+}
+"""TPU v5p and v6e: gathers run on the SparseCores, beside the products of any layer.
+
+Fused with the products of their own layer (`ASYNC_COLLECTIVES`), the first gather of each layer has nothing to run
+beside, and everything waits for it. Offloading them needs the option for the slice's number of dimensions, too (libtpu 0.0.42).
+"""
+
 LARGE_VMEM: CompilerOptions = {"xla_tpu_scoped_vmem_limit_kib": "49152"}
 """TPU v5p and v6e: larger tiles for matrix products.
 
@@ -74,6 +85,7 @@ confirmed the gain.
 WITH_SPARSE_CORES: CompilerOptions = {
     **ASYNC_COLLECTIVES,
     **SPARSE_CORE_REDUCE_SCATTER,
+    **SPARSE_CORE_GATHER,
     **LARGE_VMEM,
 }
 """TPU v5p and v6e: all of these."""

@@ -17,9 +17,11 @@ from jaxspeed.config import ConfigError
 from jaxspeed.ledger import read_ledger, read_partitioned
 from jaxspeed.mesh import build_mesh
 from jaxspeed.topology import (
+    ASYNC_COLLECTIVES,
     CHIPS,
     LARGE_VMEM,
     RING_REDUCE_SCATTER,
+    SPARSE_CORE_GATHER,
     SPARSE_CORE_REDUCE_SCATTER,
     Chip,
     find_chip,
@@ -209,3 +211,14 @@ def test_option_makes_a_reduce_scatter_over_a_whole_slice(
     made = read_ledger(lowered.compile(compiler_options=options), axes)
     assert not made.select("all-reduce")
     assert {e.is_async for e in made.select("reduce-scatter")} == {overlapped}
+
+
+@needs_libtpu
+@pytest.mark.parametrize("name", ["v5p:2x2x2", "v6e:4x4"])
+def test_gathers_on_sparse_cores_all_start_beside_others_work(name: str) -> None:
+    lowered, axes = lowered_scatter(name)
+    options = {**ASYNC_COLLECTIVES, **SPARSE_CORE_GATHER}
+    made = read_ledger(lowered.compile(compiler_options=options), axes)
+    assert {e.is_async for e in made.select("all-gather")} == {True}
+    made = read_ledger(lowered.compile(compiler_options=dict(ASYNC_COLLECTIVES)), axes)
+    assert {e.is_async for e in made.select("all-gather")} == {False}
