@@ -17,7 +17,7 @@ import operator
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -169,16 +169,21 @@ class Ledger:
         return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 
 
+Branch = Literal["most", "least"]
+
+_PICK: Mapping[Branch, Callable[..., Any]] = {"most": max, "least": min}
+
+
 def read_ledger(
     program: jax.stages.Compiled | str,
     axes: Axes,
     *,
     unknown_trips: int | None = None,
+    branch: Branch = "most",
 ) -> Ledger:
     """Returns the collectives of a compiled program: what the backend made.
 
-    A collective over groups of one device moves nothing and is left out. Of a
-    conditional, the branch that sends most is counted.
+    A collective over groups of one device moves nothing and is left out.
 
     Args:
         program: a compiled program, or its optimised HLO text.
@@ -186,6 +191,7 @@ def read_ledger(
             positions in the mesh, whatever the devices' own ids are.
         unknown_trips: trip count assumed for a loop whose count depends on data; with
             None such a loop is an error if a collective is inside.
+        branch: which one of a conditional is counted: that which sends most, or least.
 
     Raises:
         LedgerError: a collective that cannot be parsed, or a loop that cannot be counted.
@@ -202,11 +208,14 @@ def read_ledger(
     text = program if isinstance(program, str) else program.as_text()
     if text is None:
         raise LedgerError("the compiled program has no HLO text on this backend")
-    return _read(text, axes, unknown_trips)
+    return _read(text, axes, unknown_trips, branch)
 
 
 def read_cycles(
-    program: jax.stages.Compiled | str, *, unknown_trips: int | None = None
+    program: jax.stages.Compiled | str,
+    *,
+    unknown_trips: int | None = None,
+    branch: Branch = "most",
 ) -> int:
     """Returns the clock cycles that a TPU's compiler expects of a program, loops multiplied out.
 
@@ -217,6 +226,7 @@ def read_cycles(
     Args:
         program: a program compiled for a TPU, or its optimised HLO text.
         unknown_trips: as in `read_ledger`.
+        branch: which one of a conditional is counted: that which takes most, or least.
 
     Raises:
         LedgerError: the program carries no estimates, or a loop cannot be counted.
@@ -225,7 +235,7 @@ def read_cycles(
     if not _CYCLES.search(text):
         raise LedgerError("no estimated_cycles in it: was it compiled for a TPU?")
     entry, _, _ = parse_module(text)
-    return _cycles(entry, unknown_trips, {})
+    return _cycles(entry, unknown_trips, _PICK[branch], {})
 
 
 def read_partitioned(
@@ -240,7 +250,7 @@ def read_partitioned(
     Inside a `shard_map` that leaves an axis automatic, shapes are whole over that axis,
     and so are the sizes here. Arguments and errors are those of `read_ledger`.
     """
-    return _read(lowered.as_text("hlo", debug_info=True), axes, unknown_trips)
+    return _read(lowered.as_text("hlo", debug_info=True), axes, unknown_trips, "most")
 
 
 def axes_of_groups(groups: Iterable[Sequence[int]], axes: Axes) -> tuple[str, ...]:
@@ -270,14 +280,14 @@ def _human(size: int) -> str:
     return f"{size / 1000**power:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
 
 
-def _read(text: str, axes: Axes, unknown_trips: int | None) -> Ledger:
+def _read(text: str, axes: Axes, unknown_trips: int | None, branch: Branch) -> Ledger:
     entry, devices, collectives = parse_module(text)
     if devices not in (None, math.prod(axes.values())):
         raise LedgerError(
             f"axes={dict(axes)!r} are {math.prod(axes.values())} devices but the program "
             f"was compiled for {devices}; give the axes of its own mesh"
         )
-    reader = _Reader(axes, unknown_trips)
+    reader = _Reader(axes, unknown_trips, branch)
     found = tuple(f.collective for f in reader.collect(entry))
     if missed := collectives - reader.parsed:
         raise LedgerError(
@@ -364,8 +374,9 @@ class _Found:
 class _Reader:
     """Collects the collectives of a module, callees first."""
 
-    def __init__(self, axes: Axes, unknown_trips: int | None) -> None:
+    def __init__(self, axes: Axes, unknown_trips: int | None, branch: Branch) -> None:
         self.axes = axes
+        self.pick = _PICK[branch]
         self.unknown_trips = unknown_trips
         self.parsed: set[str] = set()
         self.done: dict[str, list[_Found]] = {}
@@ -399,7 +410,7 @@ class _Reader:
         if i.opcode == "while":
             return self.repeat(home, i)
         if i.opcode == "conditional":
-            return max(parts, key=lambda part: sum(f.sent for f in part))
+            return self.pick(parts, key=lambda part: sum(f.sent for f in part))
         found = [new for part in parts for new in part]
         if i.is_async:
             found = [new.replace(is_async=True) for new in found]
@@ -479,7 +490,12 @@ def _trips_of(home: Computation, loop: Instruction, unknown: int | None) -> int:
     return trips
 
 
-def _cycles(home: Computation, unknown: int | None, done: dict[str, int]) -> int:
+def _cycles(
+    home: Computation,
+    unknown: int | None,
+    pick: Callable[..., Any],
+    done: dict[str, int],
+) -> int:
     """Returns the cycles of one run of a computation, callees first."""
     if home.name not in done:
         total = 0
@@ -487,9 +503,11 @@ def _cycles(home: Computation, unknown: int | None, done: dict[str, int]) -> int
             if match := _CYCLES.search(i.attributes):
                 total += int(match[1])
             elif i.opcode in _CALLERS:
-                parts = [_cycles(called, unknown, done) for called in home.called(i)]
+                parts = [
+                    _cycles(called, unknown, pick, done) for called in home.called(i)
+                ]
                 if i.opcode == "conditional":
-                    total += max(parts)
+                    total += pick(parts)
                 elif i.opcode == "while" and any(parts):
                     total += sum(parts) * _trips_of(home, i, unknown)
                 else:

@@ -142,6 +142,8 @@ def test_only_the_larger_branch_of_a_conditional_is_counted(cube: Mesh) -> None:
         read_partitioned(lowered, AXES),
     ):
         assert [(e.axes, e.trips) for e in ledger] == [(("fsdp",), 4)]
+    (least,) = read_ledger(lowered.compile(), AXES, branch="least")
+    assert (least.axes, least.trips) == (("data",), 1)
 
 
 CYCLES = """

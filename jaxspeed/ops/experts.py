@@ -9,6 +9,7 @@ long as they are (MegaBlocks, 2211.15841), and a device sends each other one jus
 Nothing is scattered: the derivative of each move is the move back.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -17,10 +18,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import PartitionSpec as P
+from jax.sharding import PartitionSpec as P, get_abstract_mesh
 from jaxtyping import Array, Float, Int
 
-from jaxspeed.ambient import current
+from jaxspeed.ambient import Ambient, ambient, current
 from jaxspeed.ops.grouped import grouped_linear, tiles_of
 from jaxspeed.ops.linear import gather_sequence, scatter_sequence
 from jaxspeed.ops.pointwise import silu_gate
@@ -81,11 +82,8 @@ def _experts(
     x: Array, routing: Routing, w_gate: Array, w_up: Array, w_down: Array
 ) -> tuple[Array, Array]:
     """Returns the result, and how many choices were not dropped."""
-
-    def mlp(rows: Array, sizes: Array | None, tile: int) -> Array:
-        product = functools.partial(grouped_linear, sizes=sizes, tile=tile)
-        return product(silu_gate(product(rows, w_gate), product(rows, w_up)), w_down)
-
+    matrices = w_gate, w_up, w_down
+    mlp = functools.partial(_mlp, matrices)
     B, T, D = x.shape
     factor = current().moe.capacity_factor
     flat = x.reshape(B * T, D)
@@ -95,8 +93,18 @@ def _experts(
     elif current().expert == 1:
         y = _all_here(flat, routing, mlp)
     else:
-        y = _all_elsewhere(flat, routing, mlp)
+        y = _all_elsewhere(flat, routing, matrices)
     return y.reshape(B, T, D), kept
+
+
+Matrices = tuple[Array, Array, Array]
+"""Of gate, up and down: see `experts`."""
+
+
+def _mlp(matrices: Matrices, rows: Array, sizes: Array | None, tile: int) -> Array:
+    w_gate, w_up, w_down = matrices
+    product = functools.partial(grouped_linear, sizes=sizes, tile=tile)
+    return product(silu_gate(product(rows, w_gate), product(rows, w_up)), w_down)
 
 
 class Layout(NamedTuple):
@@ -155,30 +163,107 @@ def _with_places(
     return _collect(rows, weights.reshape(B * T, each), layout), jnp.sum(kept)
 
 
-def _all_elsewhere(x: Array, routing: Routing, mlp: Mlp) -> Array:
-    """Returns the result of experts on all devices of the axis, which drop nothing."""
+ROOMS = (1.5, 3.0)
+"""How much more than an even share a device may be sent, before it makes room for the worst case."""
+
+
+class _Plan(NamedTuple):
+    """Who sends what to whom."""
+
+    layout: Layout
+    """Of this device's choices, by expert."""
+    everyone: Int[Array, "devices devices e"]
+    """How many go from one device (first index) to each expert of another."""
+
+
+def _all_elsewhere(x: Array, routing: Routing, matrices: Matrices) -> Array:
+    """Returns the result of experts on all devices of the axis, which drop nothing.
+
+    At worst all tokens of all devices come to the experts of one, which hardly happens: all devices
+    take the smallest of a few sizes of room that is enough for each of them. Where the layer's products
+    are kept for the backward pass, there is room for the worst case: what is kept has one size.
+    """
     n, each = x.shape[0], routing.experts.shape[-1]
-    devices = current().expert
+    settings = current()
+    devices = settings.expert
     mine = routing.num_experts // devices
     chosen = routing.experts.reshape(n, each)
     counts = _counts(chosen.reshape(1, -1), routing.num_experts)[0]
     everyone = jax.lax.all_gather(counts, AXIS).reshape(devices, devices, mine)
-    layout = _in_order(chosen, routing.num_experts)
-    # At worst all tokens of all devices come to the experts of one.
-    most = n * min(each, mine)
-    journey = _Journey(n * each, devices * most, most, current().platform)
+    plan = _Plan(_in_order(chosen, routing.num_experts), everyone)
+    worst = devices * n * min(each, mine)
+    rooms = [math.ceil(factor * n * each) for factor in ROOMS]
+    rooms = (*(room for room in rooms if room < worst), worst)
+    weights = _flat_weights(routing)
+    if settings.remat in ("none", "dots") or len(rooms) == 1:
+        return _in_room(worst, x, weights, matrices, plan)
+    arriving = jnp.max(jnp.sum(everyone, (0, 2)))
+    # One choice for all: collectives of unlike branches would never meet.
+    arriving = jax.lax.pmax(arriving, tuple(get_abstract_mesh().manual_axes))
+    level = jnp.sum(arriving > jnp.asarray(rooms[:-1]))
+    bare = dataclasses.replace(settings, dropout_key=None, auxiliary=None)
+    made: Any = _in_rooms((bare, rooms), level, x, weights, matrices, plan)
+    return made
+
+
+def _in_room(
+    room: int, x: Array, weights: Array, matrices: Matrices, plan: _Plan
+) -> Array:
+    """Returns the result where no device is sent more than so many rows."""
+    layout, everyone = plan
+    n, each = layout.place.shape
+    devices, _, mine = everyone.shape
+    pair = min(room, n * min(each, mine))
+    journey = _Journey(n * each, room, pair, current().platform)
     me = jax.lax.axis_index(AXIS)
     sent = jnp.sum(everyone, 2)
     arrived = _travel(journey, _spread(x, layout), sent, me)
     arrived = checkpoint_name(arrived, "dispatched")
-    numbers = _numbers(everyone[:, me], devices * most)
+    numbers = _numbers(everyone[:, me], room)
     there, sizes, tile = _by_group(numbers[:, None], mine)
-    done = mlp(_spread(arrived, there), sizes, tile)
-    ones = jnp.ones((devices * most, 1), jnp.float32)
-    back = journey._replace(rows=devices * most, out=n * each)
+    done = _mlp(matrices, _spread(arrived, there), sizes, tile)
+    ones = jnp.ones((room, 1), jnp.float32)
+    back = journey._replace(rows=room, out=n * each)
     rows = _travel(back, _collect(done, ones, there), sent.T, me)
     rows = checkpoint_name(rows, "returned")
-    return _collect(rows, _flat_weights(routing), layout)
+    return _collect(rows, weights, layout)
+
+
+Rooms = tuple[Ambient, tuple[int, ...]]
+"""The ambient settings, and the sizes."""
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _in_rooms(
+    how: Rooms, level: Array, x: Array, weights: Array, matrices: Matrices, plan: _Plan
+) -> Array:
+    """Returns `_in_room` of the size with this number; the backward pass computes all of it again."""
+    branches = [functools.partial(_in_room, room) for room in how[1]]
+    return jax.lax.switch(level, branches, x, weights, matrices, plan)
+
+
+def _in_rooms_fwd(
+    how: Rooms, level: Array, x: Array, weights: Array, matrices: Matrices, plan: _Plan
+) -> tuple[Array, tuple[Any, ...]]:
+    given = (x, weights, matrices, plan)
+    branches = [functools.partial(_in_room, room) for room in how[1]]
+    return jax.lax.switch(level, branches, *given), (level, given)
+
+
+def _in_rooms_bwd(how: Rooms, residuals: tuple[Any, ...], g: Array) -> tuple[Any, ...]:
+    settings, rooms = how
+    level, (*slopes, plan) = residuals
+
+    def pull(room: int, g: Array, *given: Any) -> Any:
+        run: Any = functools.partial(_in_room, room, plan=plan)
+        with ambient(settings):
+            return jax.vjp(run, *given)[1](g)
+
+    branches = [functools.partial(pull, room) for room in rooms]
+    return None, *jax.lax.switch(level, branches, g, *slopes), None
+
+
+_in_rooms.defvjp(_in_rooms_fwd, _in_rooms_bwd)
 
 
 def _flat_weights(routing: Routing) -> Array:

@@ -65,6 +65,14 @@ def test_split_experts_do_not_change_the_loss_curve(
         )
 
 
+@pytest.mark.parametrize("mesh", ["expert 8", "fsdp 2 expert 2 tensor 2"])
+def test_room_by_need_does_not_change_the_loss_curve(mesh: str) -> None:
+    run = config_of(mesh, remat="full", moe=DROPLESS, accumulate=2)
+    one = config(FAMILY, stage=0, moe=DROPLESS, mesh=MeshConfig(), accumulate=2)
+    ours, theirs = curve(run, FAMILY), curve(one, FAMILY, 1)
+    np.testing.assert_allclose(ours["train/loss"], theirs["train/loss"], rtol=3e-5)
+
+
 @pytest.mark.parametrize("family", ["mixtral, shared", "mixtral, residual"])
 def test_every_kind_of_mixture_can_be_split(family: str) -> None:
     mesh = MeshConfig(fsdp=2, expert=2, tensor=2)
@@ -88,6 +96,14 @@ def test_tokens_travel_there_and_back_in_either_pass(moe: MoeConfig) -> None:
     entries = found.select("all-to-all", ("expert",))
     assert sum(e.trips for e in entries) == 4 * L
     assert found.elements("all-to-all") == sum(e.trips * e.elements for e in entries)
+
+
+@pytest.mark.parametrize("moe", [DROPS, DROPLESS], ids=["drops", "dropless"])
+def test_tokens_travel_there_and_back_once_more_where_all_is_computed_again(
+    moe: MoeConfig,
+) -> None:
+    found = ledger("fsdp 4 expert 2", moe=moe, stage=0, remat="full")
+    assert sum(e.trips for e in found.select("all-to-all", ("expert",))) == 6 * L
 
 
 def test_places_are_what_travels() -> None:

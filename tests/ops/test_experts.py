@@ -22,6 +22,9 @@ from jaxspeed.ops import grouped
 
 B, T, D, F, E = 8, 12, 16, 24, 8
 
+experts: Any = importlib.import_module("jaxspeed.ops.experts")
+"""The module, whose name the function takes in `jaxspeed.ops`."""
+
 Run = Callable[..., Any]
 
 
@@ -131,7 +134,9 @@ def test_places_are_those_of_the_oracle(each: int, factor: float) -> None:
         assert not np.allclose(ours[0], with_gradients(oracle, each=each)[0])
 
 
-def on_mesh(sizes: dict[str, int], moe: MoeConfig) -> tuple[jax.Array, Any]:
+def on_mesh(
+    sizes: dict[str, int], moe: MoeConfig, remat: str = "none"
+) -> tuple[jax.Array, Any]:
     """Returns result and gradients with rows and experts split, and the width of each over `tensor`."""
     shape = [sizes.get(axis, 1) for axis in MESH_AXES]
     devices = np.array(jax.devices()[: math.prod(shape)]).reshape(shape)
@@ -149,6 +154,7 @@ def on_mesh(sizes: dict[str, int], moe: MoeConfig) -> tuple[jax.Array, Any]:
         settings: Any = {
             "expert": sizes.get("expert", 1),
             "tensor": sizes.get("tensor", 1),
+            "remat": remat,
         }
         with ambient(moe=moe, auxiliary=Auxiliary(), **settings):
             (_, y), gradients = jax.value_and_grad(loss, has_aux=True, allow_int=True)(
@@ -188,6 +194,44 @@ def test_experts_elsewhere_are_the_dense_oracle(
     moe = MoeConfig(capacity_factor=factor)
     places = max(4, math.ceil(factor * 2 * T / E)) if factor else T
     assert_same(on_mesh(sizes, moe), with_gradients(oracle, places=places))
+
+
+@pytest.mark.parametrize(
+    ("shares", "taken"), [((0.01, 0.02), 2), ((0.01, 0.95), 1), ((0.9, 0.95), 0)]
+)
+@pytest.mark.parametrize(
+    "sizes", [{"expert": 8}, {"data": 2, "expert": 2, "tensor": 2}], ids=str
+)
+def test_experts_elsewhere_take_the_smallest_room_that_is_enough(
+    sizes: dict[str, int],
+    shares: tuple[float, ...],
+    taken: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    devices = sizes["expert"]
+    tokens = B * T // math.prod(sizes.get(axis, 1) for axis in ("data", "expert"))
+    worst = devices * tokens * min(2, E // devices)
+    factors = [share * worst / (2 * tokens) for share in shares]
+    used: set[int] = set()
+    inside = experts._in_room
+
+    def noted(room: int, *given: Any, **named: Any) -> jax.Array:
+        jax.debug.callback(lambda: used.add(room))
+        return inside(room, *given, **named)
+
+    monkeypatch.setattr(experts, "ROOMS", factors)
+    monkeypatch.setattr(experts, "_in_room", noted)
+    ours = on_mesh(sizes, MoeConfig(), remat="full")
+    assert_same(ours, with_gradients(oracle))
+    assert used == {[*(math.ceil(f * tokens * 2) for f in factors), worst][taken]}
+
+
+def test_room_for_the_worst_case_is_the_only_one_where_products_are_kept() -> None:
+    sizes = {"expert": 8}
+    kept = str(jax.make_jaxpr(lambda: on_mesh(sizes, MoeConfig(), remat="dots"))())
+    again = str(jax.make_jaxpr(lambda: on_mesh(sizes, MoeConfig(), remat="full"))())
+    assert "cond[" not in kept
+    assert "cond[" in again
 
 
 def test_every_token_to_one_expert_is_not_too_many() -> None:
