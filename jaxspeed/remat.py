@@ -12,15 +12,11 @@ from typing import Any
 import jax
 
 
-PRODUCTS = frozenset(
-    {
-        "dot_general",
-        "conv_general_dilated",
-        "pallas_call",
-        "dot_product_attention_fwd_wrapper",
-    }
-)
-"""Primitives whose results are dear: matrix products and attention kernels."""
+CUDNN_NAME = "dot_product_attention_fwd_wrapper"
+"""The primitive of cuDNN's attention, whose results have no checkpoint names."""
+
+PRODUCTS = frozenset({"dot_general", "conv_general_dilated", CUDNN_NAME})
+"""Primitives whose results are dear: matrix products and an attention kernel."""
 
 PRODUCT_NAME = "product"
 """The checkpoint name that `jaxspeed.ops.linear` gives its results, rounded: its sums are float32, twice as large."""
@@ -29,7 +25,7 @@ RECURRENCE_NAME = "recurrence"
 """The checkpoint name of a recurrent layer's states and gates: computing them again is a scan over time."""
 
 NORMALISER_NAME = "normaliser"
-"""The checkpoint name of attention's log-sum-exp, where a kernel holds it."""
+"""The checkpoint name of attention's log-sum-exp, where a kernel holds it; splash's of its result, too."""
 
 ATTENTION_NAMES = frozenset({"q", "k", "v", "attended", NORMALISER_NAME})
 """Checkpoint names that attention gives its operands and its result."""
@@ -63,7 +59,7 @@ def checkpoint_layer(layer: Callable[..., Any], policy: str) -> Callable[..., An
         "none": _keep_products,
         "full": policies.nothing_saveable,
         "dots": _keep_flat_products,
-        "attention": policies.save_only_these_names(*ATTENTION_NAMES),
+        "attention": _keep_attention,
         "offload": policies.save_and_offload_only_these_names(
             names_which_can_be_saved=[],
             names_which_can_be_offloaded=[RESIDUAL_NAME],
@@ -78,6 +74,12 @@ def _keep_products(primitive: Any, *operands: Any, **params: Any) -> bool:
     if primitive.name == "name":
         return params["name"] in ATTENTION_NAMES | KEPT_NAMES | {RECURRENCE_NAME}
     return primitive.name in PRODUCTS and not _expands(primitive, operands, params)
+
+
+def _keep_attention(primitive: Any, *_: Any, **params: Any) -> bool:
+    if primitive.name == "name":
+        return params["name"] in ATTENTION_NAMES
+    return primitive.name == CUDNN_NAME
 
 
 def _keep_flat_products(primitive: Any, *operands: Any, **params: Any) -> bool:

@@ -203,7 +203,9 @@ def _by_kernel(
     if settings.tensor > 1 and (divides or chosen in ("splash", "cudnn")):
         kernel = _over_tensor(kernel, settings.tensor, q.shape[2], k.shape[2])
     out = kernel(q, k, v, segment_ids, key_segment_ids, bias)
-    return checkpoint_name(out.astype(settings.activations), "attended")
+    out = out.astype(settings.activations)
+    # Splash and cuDNN keep their own: named here it would be kept twice.
+    return out if chosen in ("splash", "cudnn") else checkpoint_name(out, "attended")
 
 
 def _cached(

@@ -14,6 +14,7 @@ import jax
 from jaxtyping import Array, Float, Int
 
 from jaxspeed.ops.cpu_attention import Reach
+from jaxspeed.remat import NORMALISER_NAME
 
 
 BLOCKS = (1024, 512, 256, 128)
@@ -35,7 +36,8 @@ def splash_attention(
     reach: Reach,
 ) -> Float[Array, "B T N H"]:
     """Returns attention with its derivative; lengths divide by 128, H by 64."""
-    run = _kernel(q.shape[2], q.shape[1], k.shape[1], reach)
+    name = {"residual_checkpoint_name": NORMALISER_NAME}  # of what it gives, too
+    run = _kernel(q.shape[2], q.shape[1], k.shape[1], reach, **name)
     q, k, v = (x.swapaxes(1, 2) for x in (q * q.shape[-1] ** -0.5, k, v))
     out: Any = jax.vmap(run)(q, k, v, _segments(segment_ids, key_segment_ids))
     return out.swapaxes(1, 2)

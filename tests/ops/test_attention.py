@@ -3,6 +3,7 @@
 
 import functools
 import logging
+from collections import Counter
 from typing import Any
 
 import jax
@@ -22,6 +23,7 @@ from jaxspeed.ops.attention import (
     _xla,
     choose_attention,
 )
+from jaxspeed.remat import checkpoint_layer
 
 
 RNG = np.random.default_rng(0)
@@ -529,6 +531,29 @@ def test_cudnn_kernel_lowers_for_a_gpu(
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert "fmha" in text
     assert "SoftmaxBackward" in text
+
+
+@pytest.mark.parametrize("policy", ["none", "attention", "dots", "full"])
+@pytest.mark.parametrize("platform", ["tpu", "gpu"])
+def test_result_and_normaliser_of_a_kernel_are_kept_once_or_not_at_all(
+    platform: str, policy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
+    B, T, N, H = 2, 256, 4, 64
+    x = jax.ShapeDtypeStruct((B, T, N, H), jnp.bfloat16)
+    # Nobody else keeps what attention reads.
+    layer = lambda q, k, v: jnp.tanh(attention(jnp.sin(q), jnp.sin(k), jnp.sin(v)))
+    names = {"platform": platform, "compute": jnp.bfloat16}
+    with ambient(activations=jnp.bfloat16, **names):
+        run = checkpoint_layer(layer, policy)
+        pull = jax.eval_shape(lambda *args: jax.vjp(run, *args)[1], x, x, x)
+    large = Counter(r.shape for r in jax.tree.leaves(pull) if r.size >= B * T * N)
+    inputs, result = {(B, T, N, H): 3}, (B, N, T, H) if platform == "tpu" else x.shape
+    if policy in ("none", "attention"):
+        inputs = Counter({x.shape: 6}) + Counter({result: 1, (B, N, T): 1})
+    assert large == Counter(inputs)
 
 
 def _array(x: Any) -> Any:
