@@ -74,6 +74,7 @@ JOBS = {
     "7b-v5p-256-8-layers": Job(model=dataclasses.replace(B7, num_layers=8), topology="v5p:4x8x8", rows=2, settings={"remat": "full"}),
     "7b-v5p-256-128-layers": Job(model=dataclasses.replace(B7, num_layers=128), topology="v5p:4x8x8", rows=2, settings={"remat": "full"}),
     "7b-v5p-1024": Job(model=B7, topology="v5p:8x8x16", rows=1, settings={"remat": "full"}),
+    "7b-v5p-slices": Job(model=B7, topology="2xv5p:2x4x4", mesh=MeshConfig(data=2), rows=4, settings={"remat": "full"}),
     "7b-v5p-stages": Job(model=B7, topology="v5p:4x4x4", mesh=MeshConfig(stage=4), accumulate=16, settings={"remat": "dots", "zero": ZeroConfig(stage=1)}),
     "8b-v5p-16-1m": Job(model=B8, topology="v5p:2x2x4", mesh=MeshConfig(context=16), seq=2**20, settings=LONG),
     "8b-v5e-64-1m": Job(model=B8, topology="v5e:8x8", mesh=MeshConfig(context=64), seq=2**20, settings=LONG),

@@ -54,6 +54,9 @@ class Instruction:
     def kind(self) -> str | None:
         """The kind of a collective or of its start; None for all others."""
         kind = self.opcode.removesuffix("-start")
+        if kind == "send" and (between := BETWEEN_SLICES.search(self.attributes)):
+            what = between[1].lower().replace("_", "-")
+            kind = "collective-permute" if what == "one-to-one" else what
         if kind == "send" and "is_host_transfer=true" not in self.attributes:
             return "collective-permute"
         if kind in KINDS:
@@ -65,6 +68,8 @@ class Instruction:
     @property
     def is_async(self) -> bool:
         """Whether it starts something. GPU marks a start that its done follows at once."""
+        if self.opcode == "send":
+            return True
         return self.opcode.endswith("-start") and 'is_sync":true' not in self.attributes
 
 
@@ -107,6 +112,9 @@ class Computation:
                 found.setdefault(operand, []).append(instruction)
         return found
 
+
+BETWEEN_SLICES = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
+"""What a transfer between slices of TPUs is a part of. It is a pair of send and recv by way of the hosts."""
 
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\(.*\) -> .* )?\{$")
 _ASSIGNMENT = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")

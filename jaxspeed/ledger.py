@@ -23,6 +23,7 @@ import jax
 import numpy as np
 
 from jaxspeed.hlo import (
+    BETWEEN_SLICES,
     KINDS,
     Computation,
     Instruction,
@@ -32,6 +33,7 @@ from jaxspeed.hlo import (
     parse_module,
     size_of,
 )
+from jaxspeed.mesh import slice_grid
 
 
 UNKNOWN_AXES = ("?",)
@@ -282,12 +284,16 @@ def _human(size: int) -> str:
 
 def _read(text: str, axes: Axes, unknown_trips: int | None, branch: Branch) -> Ledger:
     entry, devices, collectives = parse_module(text)
+    whole, grid = math.prod(axes.values()), dict.fromkeys(axes, 1)
+    if devices and BETWEEN_SLICES.search(text):  # a program of one slice
+        grid = slice_grid(axes, whole // devices)
+        axes = {axis: size // grid[axis] for axis, size in axes.items()}
     if devices not in (None, math.prod(axes.values())):
         raise LedgerError(
             f"axes={dict(axes)!r} are {math.prod(axes.values())} devices but the program "
             f"was compiled for {devices}; give the axes of its own mesh"
         )
-    reader = _Reader(axes, unknown_trips, branch)
+    reader = _Reader(axes, grid, unknown_trips, branch)
     found = tuple(f.collective for f in reader.collect(entry))
     if missed := collectives - reader.parsed:
         raise LedgerError(
@@ -374,8 +380,12 @@ class _Found:
 class _Reader:
     """Collects the collectives of a module, callees first."""
 
-    def __init__(self, axes: Axes, unknown_trips: int | None, branch: Branch) -> None:
+    def __init__(
+        self, axes: Axes, grid: Axes, unknown_trips: int | None, branch: Branch
+    ) -> None:
+        """Reads a program of the devices with these axes, of which there are as many as a grid of slices has."""
         self.axes = axes
+        self.grid = grid
         self.pick = _PICK[branch]
         self.unknown_trips = unknown_trips
         self.parsed: set[str] = set()
@@ -463,6 +473,8 @@ class _Reader:
 
     def group(self, kind: str, i: Instruction) -> tuple[tuple[str, ...], int]:
         """Returns the mesh axes of a collective's groups, and their size."""
+        if BETWEEN_SLICES.search(i.attributes):
+            return self.group_of_slices(i)
         if kind == "collective-permute":
             if match := _PAIRS.search(i.attributes):
                 pairs = [integers(pair) for pair in _BRACES.findall(match[1])]
@@ -475,6 +487,32 @@ class _Reader:
         raise LedgerError(
             f"collective {i.name}: device groups not understood in {i.attributes[:200]!r}"
         )
+
+    def group_of_slices(self, i: Instruction) -> tuple[tuple[str, ...], int]:
+        """Returns the same of a collective between slices of TPUs."""
+        match = _SLICES.search(i.attributes)
+        if match is None:
+            raise LedgerError(f"collective {i.name}: slices not understood")
+        if (
+            match[1] is not None
+        ):  # these slices, each device with those that stand where it does
+            groups = [integers(match[1])]
+        else:  # devices, each a slice and a number there
+            groups = [
+                tuple(int(n) // _SLICE for n in re.findall(r"\d+", group))
+                for group in re.findall(r"\{([^{}]*)\}", match[2])
+            ]
+        of = [[slice - 1 for slice in group] for group in groups]
+        names = _varying_axes(of, self.grid)
+        return names, math.prod(self.grid[name] for name in names)
+
+
+_SLICE = 100_000
+"""Device numbers between one slice and the next, the first of which has number 1."""
+
+_SLICES = re.compile(
+    r"_xla_megascale_target=(?:\"?\{([\d,]+)\}x|\{((?:\{[^{}]*\},?)+)\})"
+)
 
 
 def _trips_of(home: Computation, loop: Instruction, unknown: int | None) -> int:

@@ -281,30 +281,35 @@ def get_topology(name: str) -> Topology:
     Args:
         name: chip and arrangement. `cpu:8` is 8 devices of this process's CPU (they can
             run programs, too). `v5p:2x2x2`, `v4:2x2x1`: a 3-D slice of TPUs. `v5e:4x4`,
-            `v6e:2x4`: a 2-D slice. `h100:8`: one host of 8 GPUs; `h100:4x8`: 4 hosts.
+            `v6e:2x4`: a 2-D slice. `2xv5e:4x4`: two of them, which the data center's network
+            joins. `h100:8`: one host of 8 GPUs; `h100:4x8`: 4 hosts.
 
     Raises:
         ConfigError: an unknown chip, an arrangement that it does not have, or a missing
             package, named with what to install.
     """
-    match = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name)
+    match = re.fullmatch(r"(?:(\d+)x)?([a-z]\w*):(\d+(?:x\d+)*)", name)
     known = ["cpu", *CHIPS]
     if match is None:
         raise config_error(
             "topology", name, "it is not CHIP:SIZES", "give one like cpu:8 or v5e:4x4"
         )
-    key, sizes = match[1], [int(size) for size in match[2].split("x")]
+    key, sizes = match[2], [int(size) for size in match[3].split("x")]
+    slices = int(match[1] or 1)
     if key not in known:
         change = f"give one of {', '.join(known)}.{suggest(key, known)}"
         raise config_error("topology", name, "no such chip", change)
-    if 0 in sizes:
+    if 0 in (slices, *sizes):
         raise config_error("topology", name, "a size is 0", "give sizes of at least 1")
+    if slices > 1 and (key == "cpu" or CHIPS[key].platform != "tpu"):
+        change = f"give {key}:8" if key == "cpu" else f"give {key}:{slices}x8"
+        raise config_error("topology", name, "only TPUs come in slices", change)
     if key == "cpu":
         return _cpu(name, sizes)
     chip = CHIPS[key]
-    return (
-        _tpu(name, chip, sizes) if chip.platform == "tpu" else _gpu(name, chip, sizes)
-    )
+    if chip.platform == "tpu":
+        return _tpu(name, chip, sizes, slices)
+    return _gpu(name, chip, sizes)
 
 
 def find_chip(device_kind: str) -> Chip | None:
@@ -331,7 +336,7 @@ def _cpu(name: str, sizes: Sequence[int]) -> Topology:
     )
 
 
-def _tpu(name: str, chip: Chip, sizes: Sequence[int]) -> Topology:
+def _tpu(name: str, chip: Chip, sizes: Sequence[int], slices: int) -> Topology:
     _require("libtpu", name, "tpu")
     if len(sizes) != chip.dims:
         change = f"give {chip.name}:{'x'.join('4' * chip.dims)}"
@@ -344,8 +349,11 @@ def _tpu(name: str, chip: Chip, sizes: Sequence[int]) -> Topology:
         options["chip_config_name"] = "megacore"  # else each chip is two devices
     if math.prod(sizes) == 1:
         options["chips_per_host_bounds"] = (1, 1, 1)
+    if slices > 1:
+        options["num_slices"] = slices
+    one = f"{chip.name}:{'x'.join(map(str, sizes))}"
     try:
-        description = topologies.get_topology_desc(name, platform="tpu", **options)
+        description = topologies.get_topology_desc(one, platform="tpu", **options)
     except jax.errors.JaxRuntimeError as e:
         why = f"libtpu refuses it ({str(e).splitlines()[0]})"
         raise config_error("topology", name, why, "give a slice of 2x2 hosts") from e

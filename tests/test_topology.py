@@ -222,3 +222,36 @@ def test_gathers_on_sparse_cores_all_start_beside_others_work(name: str) -> None
     assert {e.is_async for e in made.select("all-gather")} == {True}
     made = read_ledger(lowered.compile(compiler_options=dict(ASYNC_COLLECTIVES)), axes)
     assert {e.is_async for e in made.select("all-gather")} == {False}
+
+
+@needs_libtpu
+@pytest.mark.parametrize("axis", ["data", "stage"])
+def test_step_for_several_slices_sends_little_between_them(axis: str) -> None:
+    topology = get_topology("2xv5e:2x4")
+    assert len(topology.devices) == 16
+    mesh = build_mesh({"stage": 1, "data": 1, axis: 2, "fsdp": 8}, topology.devices)
+
+    def f(x: jax.Array) -> jax.Array:
+        whole = jax.lax.all_gather(x, "fsdp", tiled=True)
+        part = jax.lax.psum_scatter(whole * whole, "fsdp", tiled=True)
+        return jax.lax.psum(part, axis)
+
+    run = jax.shard_map(
+        f, mesh=mesh, in_specs=P("fsdp"), out_specs=P("fsdp"), check_vma=False
+    )
+    x = jax.ShapeDtypeStruct(
+        (1024, 256), jnp.float32, sharding=NamedSharding(mesh, P("fsdp"))
+    )
+    compiled = jax.jit(run).lower(x).compile()
+    made = read_ledger(compiled, dict(mesh.shape))
+    assert made.elements("all-gather", ("fsdp",)) == 1024 * 256
+    assert made.elements("all-reduce", (axis,)) == 1024 * 256 // 8
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("2xh100:8", "only TPUs come in slices; give h100:2x8"), ("0xv5e:2x4", "a size is 0"), ("2xcpu:8", "give cpu:8")],
+)  # fmt: skip
+def test_slices_of_other_devices_are_refused(name: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        get_topology(name)
