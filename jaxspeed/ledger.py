@@ -493,11 +493,11 @@ class _Reader:
         match = _SLICES.search(i.attributes)
         if match is None:
             raise LedgerError(f"collective {i.name}: slices not understood")
-        if (
-            match[1] is not None
-        ):  # these slices, each device with those that stand where it does
+        if match[1] is not None:
+            # These slices, each device with those that stand where it does.
             groups = [integers(match[1])]
-        else:  # devices, each a slice and a number there
+        else:
+            # Devices: each a slice, and a number there.
             groups = [
                 tuple(int(n) // _SLICE for n in re.findall(r"\d+", group))
                 for group in re.findall(r"\{([^{}]*)\}", match[2])

@@ -78,5 +78,5 @@ def slice_grid(sizes: Mapping[str, int], slices: int) -> dict[str, int]:
     if left > 1:
         axes = ", ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1)
         why = f"there are {slices} slices, which the axes ({axes}) do not divide by"
-        raise config_error("mesh.data", sizes["data"], why, f"give {slices}")
+        raise config_error("mesh.data", sizes.get("data", 1), why, f"give {slices}")
     return outer
