@@ -288,7 +288,7 @@ def get_topology(name: str) -> Topology:
         ConfigError: an unknown chip, an arrangement that it does not have, or a missing
             package, named with what to install.
     """
-    match = re.fullmatch(r"(?:(\d+)x)?([a-z]\w*):(\d+(?:x\d+)*)", name)
+    match = re.fullmatch(r"(?:(\d+)x)?(\w+):(\d+(?:x\d+)*)", name)
     known = ["cpu", *CHIPS]
     if match is None:
         raise config_error(

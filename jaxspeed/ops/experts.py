@@ -233,8 +233,7 @@ Rooms = tuple[Ambient, tuple[int, ...]]
 """The ambient settings, and the sizes."""
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _in_rooms(
+def _in_enough_room(
     how: Rooms, level: Array, x: Array, weights: Array, matrices: Matrices, plan: _Plan
 ) -> Array:
     """Returns `_in_room` of the size with this number; the backward pass computes all of it again."""
@@ -242,12 +241,13 @@ def _in_rooms(
     return jax.lax.switch(level, branches, x, weights, matrices, plan)
 
 
+_in_rooms = jax.custom_vjp(_in_enough_room, nondiff_argnums=(0,))
+
+
 def _in_rooms_fwd(
-    how: Rooms, level: Array, x: Array, weights: Array, matrices: Matrices, plan: _Plan
+    how: Rooms, level: Array, *given: Any
 ) -> tuple[Array, tuple[Any, ...]]:
-    given = (x, weights, matrices, plan)
-    branches = [functools.partial(_in_room, room) for room in how[1]]
-    return jax.lax.switch(level, branches, *given), (level, given)
+    return _in_enough_room(how, level, *given), (level, given)
 
 
 def _in_rooms_bwd(how: Rooms, residuals: tuple[Any, ...], g: Array) -> tuple[Any, ...]:

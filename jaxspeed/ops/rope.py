@@ -78,6 +78,7 @@ def _turned(on_tpu: bool, x: Array, cos: Array, sin: Array) -> Array:
 def _turned_fwd(
     on_tpu: bool, x: Array, cos: Array, sin: Array
 ) -> tuple[Array, tuple[Array, Array]]:
+    # Within a rule it is opaque to rematerialisation: no policy keeps the product that swaps.
     return _turned(on_tpu, x, cos, sin), (cos, sin)
 
 
